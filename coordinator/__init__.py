@@ -1,0 +1,1 @@
+"""The cloud service: programs, runner, fleet, twins, LLM, distillation, registry."""

@@ -1,0 +1,1 @@
+"""Papers whose two halves run on two machines."""

@@ -1,0 +1,1 @@
+"""The only room with sockets: brokers, links and the courier that moves sealed messages."""

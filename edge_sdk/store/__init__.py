@@ -1,0 +1,1 @@
+"""Durable state in SQLite: mailboxes and keys. What is here survives a power cut."""

@@ -1,0 +1,1 @@
+"""Training on the device; the only room of the SDK that imports torch."""

@@ -1,0 +1,236 @@
+"""The closed vocabulary: every message two ends may exchange, and its bytes.
+
+Knows shapes and limits of messages. Does not know encryption, chunks, sockets or storage.
+
+A message is a frozen struct encoded as MessagePack. The vocabulary is small on purpose: a new
+algorithm should be a new program over these words (DECISIONS.md lists why each word exists).
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+
+MAX_MESSAGE_BYTES = 512 * 1024 * 1024
+"""Largest message either side builds or opens; a model file is the largest thing that travels."""
+
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Text = Annotated[str, Meta(max_length=65_536)]
+Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
+Count = Annotated[int, Meta(ge=0, le=2**40)]
+
+
+class TextTask(Struct, frozen=True, forbid_unknown_fields=True):
+    """A labelled-text task as prompts, so that any language model can do, learn and generate it.
+
+    `prompt` holds `{text}`; the label's word (with its leading space) is what follows it.
+    `generation_prompt` holds `{label}` (the label's word, stripped); a text follows it.
+    `words[i]` is the verbaliser of `labels[i]`.
+    """
+
+    name: Name
+    prompt: Text
+    generation_prompt: Text
+    labels: Annotated[tuple[str, ...], Meta(min_length=2, max_length=256)]
+    words: Annotated[tuple[str, ...], Meta(min_length=2, max_length=256)]
+
+
+class Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the tag on the wire is the class name."""
+
+
+# --- tasks, coordinator -> device -------------------------------------------------------------
+
+
+class TrainAdapter(Message, frozen=True):
+    """Train LoRA on your own examples, starting from this adapter; reply AdapterUpdate.
+
+    `adapter` is a safetensors blob of float16 factors (empty: the zero adapter drawn from
+    `adapter_seed`). `codec` is a codec file (`Compressor.to_bytes`), or empty when the device
+    already holds the codec named `codec_id`. `bytes_target` is the allowance for the encoded
+    update, 0 for none. `synthetic_weight` is mu of PAPERS.md 1.
+    """
+
+    task_id: Name
+    round: Count
+    family: Name
+    release: Name
+    adapter: bytes
+    adapter_seed: Count
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Annotated[float, Meta(gt=0)]
+    targets: tuple[str, ...]
+    codec_id: str
+    codec: bytes
+    steps: Count
+    batch: Annotated[int, Meta(ge=1, le=4096)]
+    lr: Annotated[float, Meta(gt=0, le=1)]
+    synthetic_weight: Annotated[float, Meta(ge=0, le=10)]
+    bytes_target: Count
+    seed: Count
+
+
+class Score(Message, frozen=True):
+    """Say how well your model believes `labels[i]` fits `texts[i]`; reply Scores."""
+
+    task_id: Name
+    release: Name
+    texts: tuple[Text, ...]
+    labels: tuple[str, ...]
+
+
+class OfferModel(Message, frozen=True):
+    """A release exists: fetch what you lack, verify, swap, measure; reply ModelReport.
+
+    `metadata` holds the TUF metadata files by name; `targets` the TUF target paths of the release.
+    """
+
+    task_id: Name
+    family: Name
+    release: Name
+    metadata: dict[str, bytes]
+    targets: tuple[str, ...]
+
+
+class OfferData(Message, frozen=True):
+    """A versioned set of synthetic labelled texts, to be mixed in at the next epoch."""
+
+    task_id: Name
+    version: Count
+    texts: tuple[Text, ...]
+    labels: tuple[str, ...]
+    weights: tuple[Unit, ...]
+
+
+# --- replies, device -> coordinator -----------------------------------------------------------
+
+
+class AdapterUpdate(Message, frozen=True):
+    """The encoded change of the adapter. Carries no text, no label counts, no example."""
+
+    task_id: Name
+    round: Count
+    release: Name
+    codec_id: str
+    codes: bytes
+    examples: Count
+    raw_bytes: Count
+    cosine: Annotated[float, Meta(ge=-1.0, le=1.0)]
+    seconds: dict[str, float]
+    peak_mb: float
+
+
+class Scores(Message, frozen=True):
+    """One number in [0, 1] per text of the Score task."""
+
+    task_id: Name
+    scores: tuple[Unit, ...]
+
+
+class WantFiles(Message, frozen=True):
+    """The device lacks these target files of an offered release; answered by one File each."""
+
+    task_id: Name
+    paths: tuple[str, ...]
+
+
+class File(Message, frozen=True):
+    """One target file of a release. Trusted only after TUF has checked its hash."""
+
+    task_id: Name
+    path: str
+    data: bytes
+
+
+class ModelReport(Message, frozen=True):
+    """How the model that now runs on this device does, on the device's own held-out text."""
+
+    task_id: Name
+    release: Name
+    accuracy: Unit
+    examples: Count
+    tokens_per_s: float
+    peak_mb: float
+    seconds: dict[str, float]
+
+
+class Refused(Message, frozen=True):
+    """A task this device will not or cannot do, and why, in one sentence."""
+
+    task_id: Name
+    reason: Text
+
+
+# --- enrolment --------------------------------------------------------------------------------
+
+
+class Enrol(Message, frozen=True):
+    """A device's public keys together with the one-time secret that vouches for them."""
+
+    token_id: Name
+    secret: bytes
+    device: Name
+    identity_key: bytes
+    receive_key: bytes
+    families: tuple[str, ...]
+    memory_mb: Count
+
+
+class Enrolled(Message, frozen=True):
+    """The coordinator's answer to a good Enrol: the trust root for releases and the task."""
+
+    device: Name
+    tuf_root: bytes
+    task: TextTask
+
+
+AnyMessage = (
+    TrainAdapter
+    | Score
+    | OfferModel
+    | OfferData
+    | AdapterUpdate
+    | Scores
+    | WantFiles
+    | File
+    | ModelReport
+    | Refused
+    | Enrol
+    | Enrolled
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: AnyMessage) -> bytes:
+    """Return the bytes of `message`.
+
+    Raises:
+        LocalProtocolError: larger than MAX_MESSAGE_BYTES.
+    """
+    data = _encoder.encode(message)
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise LocalProtocolError(
+            f"a {type(message).__name__} of {len(data)} bytes is over the limit of "
+            f"{MAX_MESSAGE_BYTES}; send it in smaller parts"
+        )
+    return data
+
+
+def decode(data: bytes) -> AnyMessage:
+    """Return the message that `data` encodes.
+
+    Raises:
+        RemoteProtocolError: not a message of this vocabulary, or a field out of its range.
+    """
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise RemoteProtocolError(
+            f"a message of {len(data)} bytes is over the limit of {MAX_MESSAGE_BYTES}"
+        )
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError(f"not a message of this protocol: {exc}") from exc

@@ -1,0 +1,1 @@
+"""Runnable examples, the demo, its small models and its data."""
