@@ -1,0 +1,218 @@
+"""The weights that run are the weights that train: reading, dequantizing, packed against dense."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compression.errors import WeightsError
+from compression.int4 import WeightFile
+from compression.int4_torch import Int4Linear, load_slm
+
+BLOCK = 32
+
+
+class BundleWriter:
+    """Writes a bundle's data file and weights.json the way the exporter promises to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.data, self.tensors = folder, bytearray(b"\0" * 5), {}
+
+    def put(self, array: np.ndarray) -> list[int]:
+        offset = len(self.data)
+        self.data += array.tobytes()
+        return [offset, array.nbytes]
+
+    def dense(self, name: str, array: np.ndarray) -> None:
+        self.tensors[name] = {
+            "kind": "dense",
+            "dtype": str(array.dtype),
+            "shape": list(array.shape),
+            "data": self.put(array),
+        }
+
+    def blockwise(self, name: str, weight: np.ndarray, *, bits: int = 4, zeros: bool = False):
+        rows, columns = weight.shape
+        count = -(-columns // BLOCK)
+        padded = np.zeros((rows, count * BLOCK), np.float32)
+        padded[:, :columns] = weight
+        blocks = padded.reshape(rows, count, BLOCK)
+        half = 2 ** (bits - 1)
+        scales = (np.abs(blocks).max(-1) / (half - 1) + 1e-8).astype(np.float32)
+        zero = np.full((rows, count), half, np.uint8)
+        if zeros:
+            zero[:, ::2] -= 1
+        codes = np.clip(np.round(blocks / scales[..., None]) + zero[..., None], 0, 2 * half - 1)
+        codes = codes.astype(np.uint8).reshape(rows, -1)
+        self.tensors[name] = {
+            "kind": "blockwise",
+            "bits": bits,
+            "block": BLOCK,
+            "shape": [rows, columns],
+            "packed": self.put(pack(codes, bits)),
+            "scales": [*self.put(scales), "float32"],
+            "zero_points": self.put(pack(zero, bits)) if zeros else None,
+        }
+        full = codes.reshape(blocks.shape).astype(np.float32) - zero[..., None]
+        return (full * scales[..., None]).reshape(rows, -1)[:, :columns]
+
+    def close(self) -> None:
+        (self.folder / "model.onnx.data").write_bytes(self.data)
+        index = {"format": 1, "data": "model.onnx.data", "tensors": self.tensors}
+        (self.folder / "weights.json").write_text(json.dumps(index))
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 8:
+        return codes
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A two-layer Llama with a tied int8 embedding and int4 linear layers."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    writer = BundleWriter(tmp_path)
+    for name, value in LlamaForCausalLM(config).state_dict().items():
+        array = value.numpy().astype(np.float32)
+        if name == "lm_head.weight":
+            writer.tensors[name] = {"kind": "alias", "of": "model.embed_tokens.weight"}
+        elif array.ndim == 2:
+            writer.blockwise(name, array, bits=8 if "embed" in name else 4, zeros="q_proj" in name)
+        else:
+            writer.dense(name, array)
+    writer.close()
+    return tmp_path
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("columns", [32, 80, 96])
+def test_dequantizes_what_was_packed(tmp_path: Path, bits: int, zeros: bool, columns: int) -> None:
+    weight = np.random.default_rng(1).normal(size=(7, columns)).astype(np.float32)
+    writer = BundleWriter(tmp_path)
+    expected = writer.blockwise("w", weight, bits=bits, zeros=zeros)
+    writer.close()
+
+    packed = WeightFile(tmp_path).packed("w")
+
+    np.testing.assert_array_equal(packed.dequantize(), expected)
+    layer = Int4Linear(packed, dtype=torch.float32)
+    np.testing.assert_array_equal(layer.weight.numpy(), expected)
+
+
+def test_rows_stored_without_padding_are_read(tmp_path: Path) -> None:
+    weight = np.random.default_rng(1).normal(size=(6, 80)).astype(np.float32)
+    writer = BundleWriter(tmp_path)
+    expected = writer.blockwise("w", weight)
+    start = writer.tensors["w"]["packed"][0]
+    codes = np.frombuffer(bytes(writer.data[start:]), np.uint8)[: 6 * 48].reshape(6, 48)
+    writer.tensors["w"]["packed"] = writer.put(np.ascontiguousarray(codes[:, :40]))
+    writer.close()
+
+    packed = WeightFile(tmp_path).packed("w")
+
+    np.testing.assert_array_equal(packed.dequantize(), expected)
+    np.testing.assert_array_equal(Int4Linear(packed, dtype=torch.float32).weight, expected)
+
+
+def test_chunked_layer_equals_the_dense_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("compression.int4_torch.CHUNK_BYTES", 4 * 80 * 5)  # five rows a chunk
+    weight = np.random.default_rng(1).normal(size=(33, 80)).astype(np.float32)
+    writer = BundleWriter(tmp_path)
+    expected = torch.from_numpy(writer.blockwise("w", weight, zeros=True))
+    writer.close()
+    layer = Int4Linear(WeightFile(tmp_path).packed("w"), dtype=torch.float32)
+    x = torch.randn(2, 3, 80, generator=torch.Generator().manual_seed(2)).requires_grad_()
+
+    assert len(layer.chunks()) == 7
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+
+    reference = x @ expected.T
+    (wanted,) = torch.autograd.grad(reference.square().sum(), x)
+    torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_memory_decides_how_weights_are_held(bundle: Path) -> None:
+    assert load_slm(bundle, memory_mb=4096).symbiont_weights == "16-bit"
+    assert load_slm(bundle, dtype=torch.float32).symbiont_weights == "32-bit"
+    model = load_slm(bundle, memory_mb=0)
+    assert model.symbiont_weights == "int4 on the fly"
+    assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_and_dense_give_the_same_lora_gradients(bundle: Path, checkpointing: bool) -> None:
+    peft = pytest.importorskip("peft")
+    tokens = torch.arange(24).view(2, 12) % 64
+
+    results = []
+    for memory_mb in (None, 0):
+        model = load_slm(bundle, memory_mb=memory_mb, dtype=torch.float32)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(model, lora)
+        model.train()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results.append((loss, grads))
+
+    (dense_loss, dense), (packed_loss, packed) = results
+    torch.testing.assert_close(packed_loss, dense_loss, rtol=1e-5, atol=1e-6)
+    assert len(dense) == 8
+    for name, gradient in dense.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_loaded_weights_are_exactly_the_stored_ones(bundle: Path) -> None:
+    weights = WeightFile(bundle)
+    for memory_mb in (None, 0):
+        model = load_slm(bundle, memory_mb=memory_mb, dtype=torch.float32)
+        for name in weights:
+            value = model.get_submodule(name.rpartition(".")[0]).weight
+            np.testing.assert_array_equal(value.detach().numpy(), weights.dequantize(name))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda i: i["tensors"]["model.norm.weight"].update(data=[0, 10**9]), "incomplete"),
+        (lambda i: i["tensors"]["model.norm.weight"].update(data=[-4, 192]), "offset"),
+        (lambda i: i["tensors"]["model.norm.weight"].update(dtype="object"), "dtype"),
+        (lambda i: i["tensors"]["model.norm.weight"].update(kind="pickle"), "kind"),
+        (lambda i: i["tensors"]["lm_head.weight"].update(of="nowhere"), "no such"),
+        (lambda i: i["tensors"].pop("model.norm.weight"), "lacks"),
+        (lambda i: i.update(data="../elsewhere"), "file name"),
+        (lambda i: i.update(format=2), "format"),
+    ],
+)
+def test_a_wrong_index_is_refused(bundle: Path, change, reason: str) -> None:
+    path = bundle / "weights.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+    with pytest.raises(WeightsError, match=reason):
+        load_slm(bundle)
