@@ -1,0 +1,260 @@
+"""A device's settings: what each means, its unit, its range and why its default is what it is.
+
+Knows the file `edge.toml`. Does not know what the settings are used for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire.config_rules import NOTHING, parse_toml
+from edge_sdk.wire.messages import Name
+
+MAX_CONFIG_BYTES = 1 << 20
+"""A settings file is a page of text; anything larger was named by mistake."""
+
+_Path = Annotated[str, Meta(max_length=4096)]
+_Threads = Annotated[int, Meta(ge=0, le=1024)]
+
+
+class DeviceSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the device keeps what it must not lose, and what it offers."""
+
+    state_dir: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=4096,
+            description="Folder for keys, mail, examples and models; made 0700 if absent.",
+        ),
+    ] = "symbiont-device"
+    families: Annotated[
+        tuple[Name, ...],
+        Meta(
+            max_length=64,
+            description="Model families this device accepts; none means any that is offered.",
+        ),
+    ] = ()
+    outbox_mb: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_536,
+            description="Most MiB of unsent replies kept while the coordinator is unreachable; "
+            "256 is some hundred updates.",
+        ),
+    ] = 256
+
+
+class LinkSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to reach the broker. The broker sees sealed bytes only."""
+
+    broker: Annotated[
+        str,
+        Meta(
+            pattern=r"^(mqtt|mqtts)://[^/@\s]+$",
+            max_length=1024,
+            description="mqtt://host:port or mqtts://host:port (TLS).",
+        ),
+    ] = "mqtt://127.0.0.1:1883"
+    username: Annotated[
+        str,
+        Meta(max_length=256, description="Broker user; empty means the device's own name."),
+    ] = ""
+    password_file: Annotated[
+        _Path, Meta(description="File holding the broker password; secrets are paths, not values.")
+    ] = ""
+    ca_file: Annotated[
+        _Path, Meta(description="PEM file of the broker's authority; empty means the system's.")
+    ] = ""
+    window_kb: Annotated[
+        int,
+        Meta(
+            ge=64,
+            le=65_536,
+            description="KiB on the way before an acknowledgement is awaited; "
+            "1024 keeps a 100 Mbit/s link busy at 80 ms.",
+        ),
+    ] = 1024
+
+
+class TrainSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What local training may take."""
+
+    enabled: Annotated[
+        bool, Meta(description="Whether this device trains at all; it can also only infer.")
+    ] = True
+    memory_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 20,
+            description="MiB the model may take while training; too small for 16-bit weights means "
+            "block-by-block dequantization (slower). 0 means no limit.",
+        ),
+    ] = 0
+    threads: Annotated[
+        _Threads,
+        Meta(description="CPU threads for training; 0 means all. One leaves the device usable."),
+    ] = 1
+    max_tokens: Annotated[
+        int,
+        Meta(
+            ge=8,
+            le=32_768,
+            description="Tokens per training example, longer ones are cut; "
+            "memory grows with it and requests are short.",
+        ),
+    ] = 128
+    max_steps: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1_000_000,
+            description="Most optimizer steps accepted in one task, whatever the coordinator asks.",
+        ),
+    ] = 10_000
+    seed: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=2**32 - 1,
+            description="Added to each task's seed, so that devices differ and runs repeat.",
+        ),
+    ] = 0
+
+
+class RuntimeSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What inference may take."""
+
+    threads: Annotated[
+        _Threads,
+        Meta(description="CPU threads of ONNX Runtime; 0 means its own choice, often slower."),
+    ] = 1
+    max_tokens: Annotated[
+        int,
+        Meta(ge=1, le=32_768, description="Tokens generated when the caller names no number."),
+    ] = 64
+    probe_s: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=3600,
+            description="Seconds a new model may take to load and answer in its trial process.",
+        ),
+    ] = 120.0
+    probe_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 20,
+            description="MiB of address space of that trial process; "
+            "0 means 4096 plus four times the bundle.",
+        ),
+    ] = 0
+
+
+class DataSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The device's own labelled text. It never leaves the device."""
+
+    examples: Annotated[
+        _Path,
+        Meta(description="A .jsonl or .jsonl.xz file read once at the start; empty means none."),
+    ] = ""
+    text_column: Annotated[str, Meta(min_length=1, max_length=128, description="Its text.")] = (
+        "text"
+    )
+    label_column: Annotated[str, Meta(min_length=1, max_length=128, description="Its label.")] = (
+        "label"
+    )
+    held_out: Annotated[
+        float,
+        Meta(
+            ge=0.0,
+            le=0.9,
+            description="Share kept from training to measure each model; "
+            "a fifth gives a usable figure from a hundred examples.",
+        ),
+    ] = 0.2
+    max_examples: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10_000_000,
+            description="Most examples kept; the oldest go first, so storage stays bounded.",
+        ),
+    ] = 20_000
+
+
+class EdgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings of one device; `EdgeConfig.load` reads them from TOML."""
+
+    device: DeviceSection = DeviceSection()
+    link: LinkSection = LinkSection()
+    train: TrainSection = TrainSection()
+    runtime: RuntimeSection = RuntimeSection()
+    data: DataSection = DataSection()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, object] = NOTHING) -> "EdgeConfig":
+        """Return the settings in file `path`; relative paths in it start at its folder.
+
+        Raises:
+            ConfigError: unreadable, or any of `parse_toml`'s complaints.
+        """
+        path = Path(path)
+        config = parse_toml(read_config(path), cls, str(path), overrides=overrides)
+        return config.resolved(path.resolve().parent)
+
+    def resolved(self, folder: Path) -> "EdgeConfig":
+        """Return the same settings with every path made absolute, starting at `folder`."""
+
+        def absolute(path: str) -> str:
+            return str(folder / Path(path).expanduser()) if path else ""
+
+        replace = msgspec.structs.replace
+        return replace(
+            self,
+            device=replace(self.device, state_dir=absolute(self.device.state_dir)),
+            link=replace(
+                self.link,
+                password_file=absolute(self.link.password_file),
+                ca_file=absolute(self.link.ca_file),
+            ),
+            data=replace(self.data, examples=absolute(self.data.examples)),
+        )
+
+
+def read_config(path: Path) -> str:
+    """Return the text of a settings file.
+
+    Raises:
+        ConfigError: missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is over {MAX_CONFIG_BYTES} bytes; is it really a settings file?")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {exc.start} is wrong") from exc
+
+
+def read_secret(path: str) -> str:
+    """Return the first line of a secret file, "" for the path "".
+
+    Raises:
+        ConfigError: missing or unreadable.
+    """
+    if not path:
+        return ""
+    text = read_config(Path(path))
+    return text.splitlines()[0].strip() if text.strip() else ""
