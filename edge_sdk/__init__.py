@@ -3,6 +3,7 @@
 Importing this package loads neither torch nor a runtime: each name below is loaded on first use.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from edge_sdk.config import EdgeConfig
     from edge_sdk.errors import FleetError
     from edge_sdk.runtime import SlmSession
+
+# Since 1.29 ONNX Runtime's official Linux wheels report session events to their maker unless this
+# is set before they are loaded. Here nothing leaves a device unless its owner turns it on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = ["EdgeConfig", "EdgeDevice", "Example", "FleetError", "SlmSession"]
 

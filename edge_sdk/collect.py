@@ -145,6 +145,11 @@ def _sound(examples: Iterable[Example]) -> Iterator[Example]:
             raise DataError(
                 f"example {position} has {len(item.text)} characters; at most {MAX_TEXT_CHARS}"
             )
+        try:
+            item.text.encode()
+            item.label.encode()
+        except UnicodeEncodeError as exc:  # a lone surrogate, as JSON's escapes can write
+            raise DataError(f"example {position} holds a half character: {exc.reason}") from exc
         yield item
 
 
