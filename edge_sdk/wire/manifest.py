@@ -1,0 +1,77 @@
+"""What a published release claims about itself: `symbiont.json` in every release folder.
+
+Knows the fields and their limits. Does not know whether to believe them (TUF's client decides
+that by hash, edge_sdk/models.py), nor files, ONNX or torch.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.wire.messages import Count, Name, TextTask
+
+MANIFEST_FILE = "symbiont.json"
+ADAPTER_FILE = "adapter.onnx_adapter"
+MAX_MANIFEST_BYTES = 4 * 2**20
+"""A manifest above this is refused before it is parsed; a 70 B model's is under 200 KiB."""
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Rows = Annotated[int, Meta(ge=1, le=2**32)]
+
+
+class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
+    """One file of a release: its SHA-256 in hexadecimal and its size in bytes."""
+
+    sha256: Sha256
+    bytes: Count
+
+
+class ReleaseManifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A release: a whole model bundle, or an adapter for one (`base_release` names it).
+
+    `adapter_slots` maps a Hugging Face linear name to (out, in); its LoRA inputs in the graph are
+    `<name>.lora_A` (in, r) and `<name>.lora_B` (r, out). `context` is in tokens. `files` names
+    every other file of the release. `parity` holds the exporter's measured figures, `lineage`
+    what the release was made from, as free text by key.
+    """
+
+    family: Name
+    release: Name
+    kind: Literal["decoder", "encoder", "adapter"]
+    base_model: str
+    architecture: str
+    context: Count
+    tokenizer_sha256: Sha256
+    files: dict[str, FileEntry]
+    adapter_slots: dict[str, tuple[Rows, Rows]] = {}
+    rank_max: Annotated[int, Meta(ge=0, le=1024)] = 0
+    parity: dict[str, float] = {}
+    lineage: dict[str, str] = {}
+    task: TextTask | None = None
+    base_release: Name | None = None
+
+
+_decoder = msgspec.json.Decoder(ReleaseManifest)
+
+
+def encode_manifest(manifest: ReleaseManifest) -> bytes:
+    """Return `manifest` as the UTF-8 JSON of `symbiont.json`."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def decode_manifest(data: bytes) -> ReleaseManifest:
+    """Return the manifest that `data` holds.
+
+    Raises:
+        RemoteProtocolError: not a manifest, or a field out of its range.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise RemoteProtocolError(
+            f"a manifest of {len(data)} bytes is over the limit of {MAX_MANIFEST_BYTES}"
+        )
+    try:
+        return _decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError(f"not a release manifest: {exc}") from exc

@@ -1,0 +1,211 @@
+"""Compares a bundle's graph in ONNX Runtime with torch on the same int4 weights, on real text.
+
+Knows how to run both and what disagreement is allowed. Does not know how the bundle was made.
+
+The relative logit error is |z - z'| / |z| over all positions, where each row is first centred (a
+constant added to a row changes no probability). The greedy agreement is the share of positions at
+which both would emit the same next token, given the same text before it.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edge_sdk.errors import ExportError
+
+logger = logging.getLogger(__name__)
+
+F32 = npt.NDArray[np.float32]
+
+DEFAULT_TEXT = (
+    "The harbour was quiet when the first boat came in. A woman on the quay counted the crates, "
+    "wrote the number on a slate and asked what the weather had been like beyond the lighthouse.",
+    "Which of these rivers flows north: the Nile, the Thames or the Danube? Answer in one word, "
+    "then say in a sentence how you know.",
+)
+"""Text for a model exported without any of its own; written for this file."""
+
+MAX_TOKENS = 128
+"""Tokens per text: long enough to leave the first-token regime, short enough for the demo."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityLimits:
+    """Disagreement above which an export stops."""
+
+    logit_error: float = 0.02
+    greedy_agreement: float = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """Measured agreement over `tokens` positions."""
+
+    logit_error: float
+    greedy_agreement: float
+    tokens: float
+
+    def figures(self) -> dict[str, float]:
+        """The figures by name, rounded for a manifest."""
+        return {name: round(float(value), 6) for name, value in asdict(self).items()}
+
+
+def check_parity(
+    bundle_dir: Path, texts: Sequence[str] = (), *, limits: ParityLimits | None = None
+) -> Parity:
+    """Measure a bundle and return the figures.
+
+    Raises:
+        ExportError: over a limit; the message has the figures and the worst layer.
+    """
+    import torch
+
+    from compression.int4_torch import load_slm
+
+    limits = limits or ParityLimits()
+    batches = tokenize(bundle_dir, texts or DEFAULT_TEXT)
+    model = load_slm(bundle_dir, memory_mb=None, dtype=torch.float32)
+    session = open_session(bundle_dir)
+    errors, norms, same, positions = 0.0, 0.0, 0, 0
+    for ids in batches:
+        with torch.inference_mode():
+            ours = model(torch.from_numpy(ids)).logits[0].float().numpy()  # (T, vocab)
+        theirs = session.run(["logits"], empty_cache_feed(bundle_dir, session, ids))[0][0]  # (T, vocab)
+        errors += float(np.square(_centred(theirs) - _centred(ours)).sum())
+        norms += float(np.square(_centred(ours)).sum())
+        same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+        positions += ids.shape[1]
+    parity = Parity((errors / max(norms, 1e-30)) ** 0.5, same / positions, positions)
+    if not (
+        parity.logit_error <= limits.logit_error
+        and parity.greedy_agreement >= limits.greedy_agreement
+    ):
+        worst, error = worst_layer(bundle_dir, model, batches[0])
+        raise ExportError(
+            f"the exported graph disagrees with torch on the same int4 weights: logit error "
+            f"{parity.logit_error:.4f} (limit {limits.logit_error}), same greedy token on "
+            f"{parity.greedy_agreement:.1%} of {positions} steps (limit "
+            f"{limits.greedy_agreement:.0%}); the worst layer is {worst} (error {error:.4f}); "
+            "export with accuracy_level 1, or report this model"
+        )
+    logger.info("parity: %s", parity)
+    return parity
+
+
+def tokenize(bundle_dir: Path, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
+    """Token ids (1, T) of each text, T between 1 and MAX_TOKENS and within the model's context.
+
+    Raises:
+        ExportError: the tokenizer makes no token of any text.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle_dir / "tokenizer.json"))
+    rows = [tokenizer.encode(text).ids[:MAX_TOKENS] for text in texts]
+    batches = [np.asarray([ids], dtype=np.int64) for ids in rows if ids]
+    if not batches:
+        raise ExportError("the parity text has no tokens; give text_for_parity that is not empty")
+    return batches
+
+
+def open_session(bundle_dir: Path, extra_outputs: Sequence[str] = ()) -> Any:
+    """An onnxruntime session of the bundle's graph, which may also return inner values by name."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 2  # the demo's machine; parity does not depend on it
+    options.log_severity_level = 3
+    if not extra_outputs:
+        return ort.InferenceSession(str(bundle_dir / "model.onnx"), options)
+    graph = onnx.load(str(bundle_dir / "model.onnx"), load_external_data=False)
+    for name in extra_outputs:
+        graph.graph.output.append(onnx.ValueInfoProto(name=name))
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle_dir.resolve())
+    )
+    return ort.InferenceSession(graph.SerializeToString(), options)
+
+
+def empty_cache_feed(
+    bundle_dir: Path, session: Any, ids: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[Any]]:
+    """Inputs of a decoder graph for token ids (B, T) with nothing in the key-value cache."""
+    config = json.loads((bundle_dir / "genai_config.json").read_text(encoding="utf-8"))
+    size = int(config["model"]["decoder"]["head_size"])
+    feed: dict[str, npt.NDArray[Any]] = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            feed[value.name] = np.zeros((ids.shape[0], value.shape[1], 0, size), np.float32)
+        elif value.name == "position_ids":
+            feed["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(
+                np.int64
+            )
+    return feed
+
+
+def worst_layer(
+    bundle_dir: Path, model: Any, ids: npt.NDArray[np.int64]
+) -> tuple[str, float]:
+    """The linear layer that adds most relative error to what it received, and its output's error.
+
+    Compares each layer's output in the graph with the same layer's output in torch `model`.
+    """
+    import torch
+
+    linears = _graph_linears(bundle_dir)
+    seen: dict[str, tuple[F32, F32]] = {}
+    hooks = []
+    for name in linears:
+
+        def keep(_: Any, given: Any, made: Any, name: str = name) -> None:
+            seen[name] = (given[0][0].float().numpy(), made[0].float().numpy())
+
+        hooks.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = list(dict.fromkeys(edge for pair in linears.values() for edge in pair))
+    session = open_session(bundle_dir, names)
+    values = dict(zip(names, session.run(names, empty_cache_feed(bundle_dir, session, ids)), strict=True))
+    added = {}
+    for name, (x, y) in linears.items():
+        came, left = (relative(values[e][0], t) for e, t in zip((x, y), seen[name], strict=True))
+        added[name] = (left - came, left)
+    worst = max(added, key=lambda name: added[name][0])
+    return worst, added[worst][1]
+
+
+def relative(actual: F32, expected: F32) -> float:
+    """|actual - expected| / |expected|, in the Euclidean norm over all elements."""
+    difference = float(np.linalg.norm(np.asarray(actual, np.float64).ravel() - expected.ravel()))
+    return difference / max(float(np.linalg.norm(expected)), 1e-30)
+
+
+def _graph_linears(bundle_dir: Path) -> dict[str, tuple[str, str]]:
+    # {Hugging Face linear name: (its input's name, its output's name)}, by the LoRA slots.
+    graph = onnx.load(str(bundle_dir / "model.onnx"), load_external_data=False).graph
+    outputs = {node.name: node.output[0] for node in graph.node}
+    return {
+        node.input[1].removesuffix(".lora_A"): (
+            node.input[0],
+            outputs[node.name.removesuffix("lora_A") + "lora_add"],
+        )
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1].endswith(".lora_A")
+    }
+
+
+def _centred(logits: F32) -> F32:
+    centred: F32 = logits - logits.mean(axis=-1, keepdims=True)
+    return centred

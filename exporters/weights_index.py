@@ -1,0 +1,163 @@
+"""Names the bytes of an exported graph: which span of the data file is which Hugging Face weight.
+
+Knows the builder's node names, MatMulNBits' layout and `weights.json` (read by compression.int4).
+Does not know how the graph was made, LoRA or torch's modules beyond their names and shapes.
+
+A trainer needs Hugging Face's tensors, the graph holds the builder's. Quantized matrices are the
+same numbers under another name. Dense tensors are found by their bytes; one that the builder
+changed (Gemma adds 1 to its norms) is appended to the data file, unused by the graph.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from edge_sdk.errors import ExportError
+from exporters.lora_inputs import Linear
+
+DATA_FILE = "model.onnx.data"
+INDEX_FILE = "weights.json"
+
+_LAYER = re.compile(r"/layers\.(\d+)/(?:.*/)?(\w+)/MatMul(?:_Q\d|NBits)?$")
+_HF_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(?:.*\.)?(\w+)$")
+
+F32 = npt.NDArray[np.float32]
+
+
+def layer_linears(
+    model: onnx.ModelProto, hf_linears: Mapping[str, tuple[int, int]]
+) -> dict[str, Linear]:
+    """Match every quantized linear layer of the decoder layers to its Hugging Face name.
+
+    `hf_linears` maps names such as "model.layers.0.self_attn.q_proj" to (out, in). Returns
+    {node name: Linear}.
+
+    Raises:
+        ExportError: a layer was fused, left out, or has another shape than the model's.
+    """
+    by_place = {}
+    for name, shape in hf_linears.items():
+        match = _HF_LAYER.search(name)
+        if match:
+            by_place[(int(match[1]), match[2])] = (name, shape)
+    found: dict[str, Linear] = {}
+    for node in model.graph.node:
+        match = _LAYER.search(node.name)
+        if node.op_type != "MatMulNBits" or match is None:
+            continue
+        name, shape = by_place.pop((int(match[1]), match[2]), ("", (0, 0)))
+        sizes = _integers(node)
+        if not name or shape != (sizes["N"], sizes["K"]):
+            raise ExportError(
+                f"the graph's {node.name} ({sizes['N']} x {sizes['K']}) is no linear layer of the "
+                "model; this architecture's layers are fused or renamed by the builder"
+            )
+        found[node.name] = Linear(node.name, name, *shape)
+    if by_place:
+        name, _ = next(iter(by_place.values()))
+        raise ExportError(
+            f"the linear layer {name} has no int4 node of its own in the graph; this "
+            "architecture's layers are fused or left unquantized by the builder"
+        )
+    return found
+
+
+def write_index(
+    folder: Path,
+    model: onnx.ModelProto,
+    linears: Mapping[str, Linear],
+    parameters: Mapping[str, tuple[int, ...]],
+    tensor: Callable[[str], F32],
+    *,
+    tied: bool,
+) -> None:
+    """Write `weights.json` for the graph `model` in `folder`, appending what the graph lacks.
+
+    `parameters` are the model's parameter names and shapes, ties listed once under their first
+    name; `tensor(name)` gives a parameter's trained value.
+
+    Raises:
+        ExportError: a quantized matrix of the graph belongs to no parameter.
+    """
+    spans = _spans(model)
+    entries: dict[str, dict[str, Any]] = {}
+    head = ""
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        if node.name in linears:
+            name = f"{linears[node.name].name}.weight"
+        elif "/lm_head/" in node.name:
+            name = head = "lm_head.weight"
+        else:
+            raise ExportError(f"the graph's {node.name} belongs to no weight of the model")
+        entries[name] = _blockwise(node, spans)
+    table = next((n for n in parameters if n.endswith("embed_tokens.weight")), "")
+    shared = any(node.op_type == "GatherBlockQuantized" for node in model.graph.node)
+    if tied and shared and head:
+        entries[table] = entries.pop(head)
+        entries[head] = {"kind": "alias", "of": table}
+    with open(folder / DATA_FILE, "r+b") as data:
+        dense = _DenseFinder(model, spans, data.read())
+        for name, shape in parameters.items():
+            if name not in entries:
+                entries[name] = dense.entry(tensor(name), shape)
+        data.seek(0, 2)
+        data.write(dense.appended)
+    index = {"format": 1, "data": DATA_FILE, "tensors": entries}
+    (folder / INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+
+class _DenseFinder:
+    def __init__(
+        self, model: onnx.ModelProto, spans: Mapping[str, tuple[int, int]], data: bytes
+    ) -> None:
+        self._known: dict[bytes, tuple[int, int]] = {}
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name in spans:
+                offset, length = spans[tensor.name]
+                self._known.setdefault(data[offset : offset + length], (offset, length))
+        self._end = len(data)
+        self.appended = b""
+
+    def entry(self, value: F32, shape: tuple[int, ...]) -> dict[str, Any]:
+        raw = np.ascontiguousarray(value, dtype="<f4").tobytes()
+        span = self._known.get(raw)
+        if span is None:
+            span = (self._end + len(self.appended), len(raw))
+            self.appended += raw
+            self._known[raw] = span
+        return {"kind": "dense", "dtype": "float32", "shape": list(shape), "data": list(span)}
+
+
+def _spans(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    spans = {}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where:
+            spans[tensor.name] = (int(where.get("offset", 0)), int(where["length"]))
+    return spans
+
+
+def _blockwise(node: onnx.NodeProto, spans: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    sizes = _integers(node)
+    zero_points = node.input[3] if len(node.input) > 3 else ""
+    return {
+        "kind": "blockwise",
+        "bits": sizes["bits"],
+        "block": sizes["block_size"],
+        "shape": [sizes["N"], sizes["K"]],
+        "packed": list(spans[node.input[1]]),
+        "scales": [*spans[node.input[2]], "float32"],
+        "zero_points": list(spans[zero_points]) if zero_points else None,
+    }
+
+
+def _integers(node: onnx.NodeProto) -> dict[str, int]:
+    return {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
