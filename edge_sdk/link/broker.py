@@ -140,12 +140,15 @@ def start_broker(
     failure = ""
     for _ in range(_PORT_TRIES if port == 0 else 1):
         chosen = port or _free_port()
+        if not _is_free(chosen):
+            failure = f"port {chosen} is in use; choose another, or 0 for any"
+            continue
         process = _launch(kind, command, home, chosen)
         if _wait_until_it_listens(process, chosen):
             logger.info("%s listens on 127.0.0.1:%d", kind, chosen)
             return Broker(kind, chosen, process, home, users)
         failure = _end_of_log(process, home)
-    raise LinkError(f"{kind} did not start on 127.0.0.1: {failure}; see {home / 'broker.log'}")
+    raise LinkError(f"{kind} did not start on 127.0.0.1: {failure} (log: {home / 'broker.log'})")
 
 
 def find_mosquitto() -> str | None:
@@ -161,7 +164,7 @@ def _choose(prefer: Kind | None) -> tuple[Kind, list[str]]:
         raise ConfigError("mosquitto is not installed; install it, or use the amqtt broker")
     if find_spec("amqtt") is None:
         raise ConfigError(
-            "no broker is installed; install mosquitto, or the extra: pip install 'symbiont[broker]'"
+            "no broker is installed; install mosquitto, or amqtt: pip install 'symbiont[broker]'"
         )
     return "amqtt", [sys.executable, "-m", "edge_sdk.link.amqtt_broker"]
 
@@ -179,6 +182,17 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    # Asked first, or a connect would find the other broker while ours is still failing to start.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _launch(kind: Kind, command: list[str], home: Path, port: int) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from paho.mqtt import client as paho
@@ -39,7 +39,8 @@ _SELECT_S = 1.0
 _ANSWER_SELECT_S = 0.1
 # amqtt misreads the properties of an MQTT 5 CONNECT and waits for bytes that never come, so silence
 # soon means 3.1.1; a slow link that ends up there loses nothing but speed.
-_ANSWER_S = {MQTTProtocolVersion.MQTTv5: 1.5, MQTTProtocolVersion.MQTTv311: 20.0}
+_ANSWER_S = {MQTTProtocolVersion.MQTTv5: 1.2, MQTTProtocolVersion.MQTTv311: 20.0}
+_VERSIONS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,8 @@ class MqttLink:
     """A Link (see base.py) to `mqtt://[user:password@]host[:port]` or `mqtts://...`.
 
     `client_id` defaults to the user of the url. `ca`, `cert` and `key` are PEM files for mqtts.
-    At most `window_messages` publishes (and `window_bytes`) are unacknowledged at any time.
+    `mqtt_version` is tried first; a broker that knows only 3.1.1 is found out by its refusal or
+    its silence, and "3.1.1" saves that second. At most `window_messages` publishes (and `window_bytes`) are unacknowledged at any time.
 
     Raises:
         ConfigError: the url is not an MQTT url, or TLS files are given without mqtts.
@@ -77,6 +79,7 @@ class MqttLink:
         inbound_bytes: int = 32 * 1024 * 1024,
         first_retry_s: float = 1.0,
         last_retry_s: float = 300.0,
+        mqtt_version: Literal["5", "3.1.1"] = "5",
         rng: random.Random | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -112,7 +115,7 @@ class MqttLink:
         self.refused = 0
         self.connections = 0
         self.limits: BrokerLimits | None = None
-        self._version = MQTTProtocolVersion.MQTTv5
+        self._version = _VERSIONS[mqtt_version]
         self._handlers: list[tuple[str, Handler]] = []
         self._callbacks: list[Callable[[], None]] = []
         self._state = threading.Condition()

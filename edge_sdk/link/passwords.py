@@ -44,7 +44,7 @@ def _digest(password: str, salt: bytes, iterations: int) -> bytes:
 
 
 def write_password_file(path: Path, users: Mapping[str, str]) -> None:
-    """Write `{user: password}` hashed, readable by this user only, replacing the file in one step."""
+    """Write `{user: password}` hashed, in one step, readable by the file's owner only."""
     text = "".join(f"{user}:{hash_password(password)}\n" for user, password in users.items())
     fresh = path.with_name(path.name + ".new")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:

@@ -1,0 +1,391 @@
+"""The courier: messages that are handed to it arrive exactly once, whatever the network does.
+
+Knows topics, its one worker thread and what crossed the wire. Does not know what messages mean,
+nor which broker carries them; sending.py and receiving.py hold the two halves of its work.
+
+Both sides run the same class. A device writes `v1/<tenant>/<device>/up` and reads `.../down`; the
+coordinator the other way round. An empty payload is a knock: "I am here, do not wait for your
+timeout". The coordinator's keys are retained on `v1/<tenant>/coordinator/keys`.
+"""
+
+import logging
+import random
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from hashlib import sha256
+from time import monotonic
+
+from edge_sdk.errors import (
+    EnrolmentError,
+    FleetError,
+    LinkError,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
+from edge_sdk.link.base import Link
+from edge_sdk.link.passwords import COORDINATOR
+from edge_sdk.link.receiving import Accept, Admit, Receiver
+from edge_sdk.link.sending import Progress, Sender
+from edge_sdk.store.mailbox import Mailbox
+from edge_sdk.wire.messages import AnyMessage, encode
+from edge_sdk.wire.seal import Identity, PublicIdentity
+from edge_sdk.wire.transfer import WINDOW_BYTES, Chunk, Offer, decode_frame
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 1.5
+"""Silence after which an Offer is repeated; doubles up to five minutes, or to what was seen."""
+LIFETIME_S = 30 * 24 * 3600.0
+"""How long after sealing a message may still be accepted: a device may be away for weeks."""
+
+_RESCAN_S = 15.0  # look into the outbox even if nobody said that something is there
+_INBOX_BYTES = 16 * 1024 * 1024
+_PACKET_BYTES = 9  # MQTT's fixed header, topic length, packet id and property length
+_TASK_BYTES = 128
+
+
+class Courier:
+    """Moves sealed messages between this party and its peers, durably and in the background.
+
+    Args:
+        link: how to reach the broker; `start` connects it and `close` closes it.
+        mailbox: outbox and inbox; what `send` puts there outlives this process.
+        identity: our private keys.
+        tenant: first part of our topics.
+        me: our id; "coordinator" is the coordinator, any other a device.
+        lookup: a peer's public keys now, or None for unknown and revoked peers.
+        now: seconds since 1970, for expiry only.
+        rng: for jitter.
+        accept: called with header and message inside the transaction that accepts a message;
+            raise StorageError to have it sent again later, RemoteProtocolError to refuse it.
+        admit: on the coordinator, decides on an Enrol inside that same transaction.
+        keys: on a device, called with the coordinator's retained key bundle (unverified bytes).
+        progress: called often, from the worker thread.
+        clock: a monotonic clock; tests pass their own and call `step`.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        mailbox: Mailbox,
+        identity: Identity,
+        *,
+        tenant: str,
+        me: str,
+        lookup: Callable[[str], PublicIdentity | None],
+        now: Callable[[], float],
+        rng: random.Random,
+        accept: Accept | None = None,
+        admit: Admit | None = None,
+        keys: Callable[[bytes], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        clock: Callable[[], float] = monotonic,
+        patience_s: float = PATIENCE_S,
+        window_bytes: int = WINDOW_BYTES,
+        lifetime_s: float = LIFETIME_S,
+    ) -> None:
+        self.mailbox = mailbox
+        self.mail = threading.Condition()
+        self.malformed: Counter[str] = Counter()
+        self._link = link
+        self._tenant = tenant
+        self._me = me
+        self._coordinates = me == COORDINATOR
+        self._keys = keys
+        self._clock = clock
+        self._progress = progress or _ignore
+        self._bundle = b""
+        self._sent: Counter[tuple[str, str]] = Counter()  # (peer, kind) -> bytes
+        self._received: Counter[tuple[str, str]] = Counter()
+        self._inbox: deque[tuple[str, bytes] | None] = deque()  # None: the link is up
+        self._inbox_bytes = 0
+        self._stir = threading.Condition()
+        self._stirred = False
+        self._closing = False
+        self._worker: threading.Thread | None = None
+        self._next_scan = 0.0
+        self._sender = Sender(
+            mailbox=mailbox,
+            identity=identity,
+            tenant=tenant,
+            me=me,
+            lookup=lookup,
+            now=now,
+            clock=clock,
+            rng=rng,
+            link=link,
+            publish=self._publish,
+            settled=self._settled,
+            progress=self._progress,
+            patience_s=patience_s,
+            window_bytes=window_bytes,
+            lifetime_s=lifetime_s,
+        )
+        self._receiver = Receiver(
+            mailbox=mailbox,
+            identity=identity,
+            tenant=tenant,
+            me=me,
+            lookup=lookup,
+            now=now,
+            publish=self._publish,
+            arrived=self._new_mail,
+            progress=self._progress,
+            accept=accept,
+            admit=admit,
+        )
+        if self._coordinates:
+            link.subscribe(f"v1/{tenant}/+/up", self._on_message)
+        else:
+            link.subscribe(f"v1/{tenant}/{me}/down", self._on_message)
+            link.subscribe(f"v1/{tenant}/{COORDINATOR}/keys", self._on_message)
+        link.on_connect(self._on_connect)
+
+    # --- for the application ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Connect the link and work in the background until `close`."""
+        if self._worker is None:
+            self._worker = threading.Thread(
+                target=self._work, name=f"{self._me}-courier", daemon=True
+            )
+            self._worker.start()
+            self._link.connect()
+
+    def close(self) -> None:
+        """Stop the worker and close the link; what is unfinished goes on after the next start."""
+        with self._stir:
+            self._closing = True
+            self._stir.notify_all()
+        self._link.close()
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
+
+    def __enter__(self) -> "Courier":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, to: str, message: AnyMessage, *, task: str) -> bytes:
+        """Store `message` for `to` and return its stream id; it is safe once this returns.
+
+        A receiver takes one message of a kind per `task` and sender, and refuses a second; where
+        one task needs several (`File`), give each its own (see `part`). Works without a link.
+
+        Raises:
+            LocalProtocolError: the message is too large, or sent to ourselves.
+            StorageError: the outbox cannot take it.
+        """
+        if to == self._me:
+            raise LocalProtocolError(f"{to} cannot send a message to itself")
+        stream = self.mailbox.put(to, type(message).__name__, task, encode(message))
+        self.nudge()
+        return stream
+
+    def wait_until_done(self, stream: bytes, timeout_s: float) -> None:
+        """Return once the receiver has confirmed `stream` as stored.
+
+        Raises:
+            EnrolmentError: it was an Enrol and was refused; the message says why.
+            RemoteProtocolError: the receiver refused it for good.
+            LinkError: neither happened in time; it stays in the outbox and is still sent.
+        """
+        with self.mail:
+            if not self.mail.wait_for(lambda: self._is_settled(stream), timeout_s):
+                raise LinkError(
+                    f"not confirmed within {timeout_s:.0f} s; is the other side running? "
+                    "It stays in the outbox"
+                )
+        item = self.mailbox.posted(stream)
+        if item is None:
+            return
+        if item.kind == "Enrol":
+            raise EnrolmentError(item.parked)
+        raise RemoteProtocolError(f"{item.to} refused the {item.kind}: {item.parked}")
+
+    def wait_for_mail(self, timeout_s: float) -> bool:
+        """Return True as soon as a letter is unread, False after `timeout_s` without one."""
+        with self.mail:
+            return self.mail.wait_for(lambda: bool(self.mailbox.unread()), timeout_s)
+
+    def announce_keys(self, bundle: bytes) -> None:
+        """On the coordinator: keep the signed key bundle retained on the broker from now on."""
+        self._bundle = bundle
+        with self._stir:
+            self._inbox.append(None)
+        self.nudge()
+
+    def forget(self, peer: str) -> None:
+        """Drop half-received messages and remembered refusals of a peer revoked or readmitted."""
+        self._receiver.forget(peer)
+
+    def nudge(self) -> None:
+        """Look into the outbox now, and try peers again whose keys were unknown."""
+        with self._stir:
+            self._stirred = True
+            self._stir.notify_all()
+
+    @property
+    def bytes_up(self) -> dict[str, int]:
+        """Bytes on the wire towards the coordinator, by kind of message, headers included."""
+        return _by_kind(self._received if self._coordinates else self._sent)
+
+    @property
+    def bytes_down(self) -> dict[str, int]:
+        """Bytes on the wire towards devices, by kind of message, headers included."""
+        return _by_kind(self._sent if self._coordinates else self._received)
+
+    def bytes_of(self, peer: str) -> tuple[int, int]:
+        """Bytes on the wire (up, down) between us and one peer."""
+        sent = sum(n for (who, _), n in self._sent.copy().items() if who == peer)
+        received = sum(n for (who, _), n in self._received.copy().items() if who == peer)
+        return (received, sent) if self._coordinates else (sent, received)
+
+    # --- the worker -------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One turn of the worker: all that arrived, what is due, what is new. For tests."""
+        while self._inbox:
+            with self._stir:
+                item = self._inbox.popleft()
+                self._inbox_bytes -= len(item[1]) if item else 0
+                self._stir.notify_all()
+            if item is None:
+                self._guarded("connecting", self._greet)
+            else:
+                self._handle(*item)
+        with self._stir:
+            stirred, self._stirred = self._stirred, False
+        if stirred or self._clock() >= self._next_scan:
+            self._next_scan = self._clock() + _RESCAN_S
+            self._guarded("reading the outbox", self._sender.refill)
+        self._guarded("sending", self._sender.tick)
+
+    def _work(self) -> None:
+        while not self._closing:
+            with self._stir:
+                due = self._sender.next_due() if self._link.connected else None
+                wake_at = self._next_scan if due is None else min(due, self._next_scan)
+                self._stir.wait_for(
+                    lambda: bool(self._inbox) or self._stirred or self._closing,
+                    max(0.0, wake_at - self._clock()),
+                )
+            if not self._closing:
+                self.step()
+
+    def _guarded(self, doing: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except FleetError as exc:  # StorageError above all: try again at the next turn
+            logger.warning("%s failed: %s", doing, exc)
+            self._next_scan = min(self._next_scan, self._clock() + PATIENCE_S)
+        except Exception:
+            logger.exception("%s failed unexpectedly; the courier goes on", doing)
+
+    def _greet(self) -> None:
+        if not self._link.connected:
+            return
+        if self._coordinates:
+            if self._bundle:
+                topic = f"v1/{self._tenant}/{COORDINATOR}/keys"
+                self._link.publish(topic, self._bundle, retain=True)
+        else:
+            self._link.publish(f"v1/{self._tenant}/{self._me}/up", b"")
+        self._sender.wake()
+        self._stirred = True
+
+    # --- what arrives -----------------------------------------------------------------------
+
+    def _on_connect(self) -> None:
+        with self._stir:
+            self._inbox.append(None)
+            self._stir.notify_all()
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        with self._stir:
+            if self._worker is not None:  # waiting here slows the broker down, as it should
+                self._stir.wait_for(lambda: self._closing or self._inbox_bytes < _INBOX_BYTES)
+            self._inbox.append((topic, payload))
+            self._inbox_bytes += len(payload)
+            self._stir.notify_all()
+
+    def _handle(self, topic: str, payload: bytes) -> None:
+        levels = topic.split("/")
+        if len(levels) != 4:
+            return
+        peer = levels[2] if self._coordinates else COORDINATOR
+        try:
+            if levels[3] == "keys":
+                self._take_keys(payload)
+            elif payload:
+                self._frame(peer, payload, len(topic))
+            else:
+                self._sender.wake(peer)
+        except FleetError as exc:
+            self.malformed[peer] += 1
+            logger.warning("a frame of %s was not taken: %s", peer[:12], exc)
+        except Exception:
+            logger.exception("a frame of %s failed unexpectedly; the courier goes on", peer[:12])
+
+    def _take_keys(self, bundle: bytes) -> None:
+        if self._keys is not None:
+            self._keys(bundle)
+        self._sender.wake(COORDINATOR)
+        self._stirred = True
+
+    def _frame(self, peer: str, payload: bytes, topic_bytes: int) -> None:
+        frame = decode_frame(payload)
+        if isinstance(frame, Offer):
+            kind = self._receiver.offer(peer, frame)
+        elif isinstance(frame, Chunk):
+            kind = self._receiver.chunk(peer, frame)
+        else:
+            kind = self._sender.take(peer, frame)
+        self._received[peer, kind] += len(payload) + topic_bytes + _PACKET_BYTES
+
+    # --- what the two halves call -----------------------------------------------------------
+
+    def _publish(self, peer: str, kind: str, data: bytes) -> bool:
+        if self._coordinates:
+            topic = f"v1/{self._tenant}/{peer}/down"
+        else:
+            topic = f"v1/{self._tenant}/{self._me}/up"
+        try:
+            self._link.publish(topic, data)
+        except LinkError as exc:
+            logger.info("%s to %s waits: %s", kind, peer[:12], exc)
+            return False
+        self._sent[peer, kind] += len(data) + len(topic) + _PACKET_BYTES
+        return True
+
+    def _settled(self, _stream: bytes) -> None:
+        self._new_mail()
+        self.nudge()  # there is room for the next one
+
+    def _new_mail(self) -> None:
+        with self.mail:
+            self.mail.notify_all()
+
+    def _is_settled(self, stream: bytes) -> bool:
+        item = self.mailbox.posted(stream)
+        return item is None or bool(item.parked)
+
+
+def part(task: str, name: str) -> str:
+    """Return a task id for one of several messages of a task, told apart by `name`."""
+    digest = sha256(name.encode()).hexdigest()[:16]
+    return f"{task[: _TASK_BYTES - 17]}.{digest}"
+
+
+def _by_kind(counter: Counter[tuple[str, str]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for (_, kind), size in counter.copy().items():
+        total[kind] += size
+    return dict(total)
+
+
+def _ignore(_progress: Progress) -> None:
+    return None

@@ -1,0 +1,275 @@
+"""The incoming half of the courier: who offers what, what is missing, and when it is accepted.
+
+Knows the mailbox, the senders' public keys and the two hooks of the application. Does not know
+topics, threads or brokers: it is driven by the courier's worker, frame by frame.
+
+The rules, in the order they are checked (PROTOCOL.md 1.3, 1.4, 5.4):
+
+1. the topic names the peer; the broker let nobody else write there;
+2. the peer is enrolled and not revoked, or the message is an Enrol that brings its own keys;
+3. the manifest is signed by that peer and addressed to us, under a key we have;
+4. a stream that was accepted before is answered with Done and nothing else;
+5. chunks are checked against the manifest as they come, and kept, so a transfer resumes;
+6. the whole message opens, decodes, and is what its header says;
+7. replay window, the application's hook and the letter are committed in one transaction;
+8. only then Done.
+"""
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError
+from edge_sdk.link.sending import Progress
+from edge_sdk.store.mailbox import Acceptance, Mailbox
+from edge_sdk.wire.messages import MAX_MESSAGE_BYTES, AnyMessage, Enrol, decode
+from edge_sdk.wire.seal import (
+    CHUNK_BYTES,
+    Header,
+    Identity,
+    Manifest,
+    PublicIdentity,
+    peek_header,
+    read_manifest,
+    unseal,
+)
+from edge_sdk.wire.transfer import (
+    Chunk,
+    Frame,
+    Incoming,
+    Offer,
+    Refusal,
+    encode_frame,
+    sign_done,
+    sign_reject,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_ENROL_BYTES = 32 * 1024
+"""An Enrol comes from somebody we do not know; it is small, and nothing larger is kept for it."""
+_STREAMS_PER_PEER = 8  # half-received messages in memory; the oldest is dropped, and resumes later
+_REMEMBERED_REJECTS = 1024
+
+Accept = Callable[[Header, AnyMessage], None]
+"""The application's part of accepting a message, inside the mailbox's transaction."""
+Admit = Callable[[Enrol, PublicIdentity], None]
+"""The coordinator's decision on an Enrol; raises EnrolmentError to refuse."""
+
+
+@dataclass(slots=True)
+class _Transfer:
+    incoming: Incoming
+    manifest: Manifest
+    public: PublicIdentity
+    received: int = 0
+
+
+@dataclass(slots=True)
+class Receiver:
+    """Takes what peers offer and answers it."""
+
+    mailbox: Mailbox
+    identity: Identity
+    tenant: str
+    me: str
+    lookup: Callable[[str], PublicIdentity | None]
+    now: Callable[[], float]
+    publish: Callable[[str, str, bytes], bool]
+    arrived: Callable[[], None]
+    """Called after a letter was committed."""
+    progress: Callable[[Progress], None]
+    accept: Accept | None
+    admit: Admit | None
+    _transfers: OrderedDict[tuple[str, bytes], _Transfer] = field(default_factory=OrderedDict)
+    _rejects: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+
+    def offer(self, peer: str, offer: Offer) -> str:
+        """Answer an Offer with Want, Done or Reject; return the kind of message it is about.
+
+        Raises:
+            RemoteProtocolError: not a manifest, or not of this stream.
+            StorageError: the mailbox cannot be read; the peer will offer again.
+        """
+        header = peek_header(offer.manifest)
+        if header.stream != offer.stream:
+            raise RemoteProtocolError("an Offer names another stream than its manifest")
+        digest = hashlib.sha256(offer.manifest).digest()
+        if digest in self._rejects:
+            self.publish(peer, header.kind, self._rejects[digest])
+            return header.kind
+        public = self._sender(peer, header.kind, offer.keys)
+        if public is None:
+            reason = "this sender is not enrolled here, or was revoked"
+            self._reject(peer, header, digest, Refusal.UNKNOWN_SENDER, reason)
+            return header.kind
+        try:
+            manifest = read_manifest(
+                offer.manifest,
+                public,
+                tenant=self.tenant,
+                sender_id=peer,
+                recipient_id=self.me,
+            )
+        except SealError as exc:
+            self._reject(peer, header, digest, Refusal.UNREADABLE, str(exc))
+            return header.kind
+        self._believe(peer, manifest, public)
+        return header.kind
+
+    def chunk(self, peer: str, chunk: Chunk) -> str:
+        """Keep one chunk; accept the message when it was the last one missing. Return its kind.
+
+        Raises:
+            RemoteProtocolError: not a chunk of the offered message.
+            StorageError: no room; nothing was confirmed, the peer will offer again.
+        """
+        transfer = self._transfers.get((peer, chunk.stream))
+        if transfer is None:
+            return (
+                "repeated"  # or we were restarted, or it is complete; the next Offer sorts it out
+            )
+        header = transfer.manifest.header
+        received = transfer.incoming.receive(chunk)
+        if received.store:
+            try:
+                self.mailbox.keep_chunks(chunk.stream, transfer.manifest.digest, received.store)
+            except Exception:
+                del self._transfers[peer, chunk.stream]  # it believes they are kept
+                raise
+            transfer.received += len(received.store)
+            done_bytes = min(header.plaintext_bytes, transfer.received * CHUNK_BYTES)
+            self._report(header, done_bytes)
+        for frame in received.reply:
+            self._answer(peer, header.kind, frame)
+        if received.complete:
+            self._finish(peer, transfer)
+        return header.kind
+
+    def forget(self, peer: str) -> None:
+        """Drop what is half received from `peer` and every remembered refusal; it resumes later."""
+        for key in [key for key in self._transfers if key[0] == peer]:
+            del self._transfers[key]
+        self._rejects.clear()
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _sender(self, peer: str, kind: str, keys: bytes) -> PublicIdentity | None:
+        if kind == "Enrol" and self.admit is not None:
+            return PublicIdentity.from_bytes(keys)
+        return self.lookup(peer)
+
+    def _believe(self, peer: str, manifest: Manifest, public: PublicIdentity) -> None:
+        header = manifest.header
+        if header.recipient_key != self.identity.public.receive_id:
+            reason = "sealed for a key that is not in use here any more; seal it again"
+            self._reject(peer, header, manifest.digest, Refusal.WRONG_KEY, reason)
+            return
+        if self.mailbox.accepted(header):
+            self._answer(
+                peer, header.kind, sign_done(header.stream, manifest.digest, self.identity)
+            )
+            return
+        if header.expired(self.now()):
+            reason = "it expired before it arrived; check both clocks, then send it again"
+            self._reject(peer, header, manifest.digest, Refusal.EXPIRED, reason)
+            return
+        key = (peer, header.stream)
+        transfer = self._transfers.get(key)
+        if transfer is None or transfer.manifest.digest != manifest.digest:
+            held = self.mailbox.held(header.stream, manifest.digest)
+            limit = MAX_ENROL_BYTES if header.kind == "Enrol" else MAX_MESSAGE_BYTES
+            incoming = Incoming(manifest, held, max_bytes=limit)
+            transfer = _Transfer(incoming, manifest, public, len(held))
+            self._make_room(peer)
+            self._transfers[key] = transfer
+        if transfer.incoming.complete:
+            self._finish(peer, transfer)
+        else:
+            self._answer(peer, header.kind, transfer.incoming.want())
+
+    def _make_room(self, peer: str) -> None:
+        mine = [key for key in self._transfers if key[0] == peer]
+        if len(mine) >= _STREAMS_PER_PEER:
+            del self._transfers[mine[0]]
+
+    def _finish(self, peer: str, transfer: _Transfer) -> None:
+        manifest, header = transfer.manifest, transfer.manifest.header
+        refusal, reason = self._commit(peer, transfer)
+        self._transfers.pop((peer, header.stream), None)
+        if refusal is not None:
+            self.mailbox.drop_chunks(header.stream)
+            self._reject(peer, header, manifest.digest, refusal, reason)
+            return
+        self._report(header, header.plaintext_bytes)
+        self._answer(peer, header.kind, sign_done(header.stream, manifest.digest, self.identity))
+        self.arrived()
+
+    def _commit(self, peer: str, transfer: _Transfer) -> tuple[Refusal | None, str]:
+        manifest, header = transfer.manifest, transfer.manifest.header
+        if header.kind != "Enrol" and self.lookup(peer) != transfer.public:
+            return Refusal.UNKNOWN_SENDER, "this sender was revoked, or has new keys"
+        stored = self.mailbox.chunks(header.stream, manifest.digest)
+        try:
+            plaintext = unseal(manifest, transfer.incoming.assemble(stored), self.identity)
+        except SealError as exc:
+            return Refusal.UNREADABLE, str(exc)
+        try:
+            message = decode(plaintext)
+            _check_kind(message, header, transfer.public)
+        except RemoteProtocolError as exc:
+            return Refusal.NOT_UNDERSTOOD, str(exc)
+        try:
+            self._store(header, message, plaintext, transfer.public)
+        except EnrolmentError as exc:
+            return Refusal.ENROLMENT, str(exc)
+        except RemoteProtocolError as exc:
+            return Refusal.REPEATED, str(exc)
+        return None, ""
+
+    def _store(
+        self, header: Header, message: AnyMessage, plaintext: bytes, public: PublicIdentity
+    ) -> None:
+        with self.mailbox.transaction():
+            if self.mailbox.accept(header, plaintext) is not Acceptance.NEW:
+                return
+            if isinstance(message, Enrol):
+                if self.admit is None:
+                    raise EnrolmentError("only a coordinator enrols devices")
+                self.admit(message, public)
+            if self.accept is not None:
+                self.accept(header, message)
+
+    def _reject(
+        self, peer: str, header: Header, digest: bytes, refusal: Refusal, reason: str
+    ) -> None:
+        logger.warning("refused %s of %s: %s", header.kind, peer[:12], reason)
+        frame = encode_frame(sign_reject(header.stream, digest, refusal, reason, self.identity))
+        if refusal not in (Refusal.UNKNOWN_SENDER, Refusal.WRONG_KEY):  # these two can change
+            self._rejects[digest] = frame
+            while len(self._rejects) > _REMEMBERED_REJECTS:
+                self._rejects.popitem(last=False)
+        self.publish(peer, header.kind, frame)
+
+    def _answer(self, peer: str, kind: str, frame: Frame) -> None:
+        self.publish(peer, kind, encode_frame(frame))
+
+    def _report(self, header: Header, done_bytes: int) -> None:
+        self.progress(
+            Progress(
+                header.stream, header.sender, header.kind, False, done_bytes, header.plaintext_bytes
+            )
+        )
+
+
+def _check_kind(message: AnyMessage, header: Header, public: PublicIdentity) -> None:
+    if type(message).__name__ != header.kind:
+        raise RemoteProtocolError(
+            f"the header announces a {header.kind}, inside is a {type(message).__name__}"
+        )
+    if isinstance(message, Enrol):
+        keys = (message.identity_key, message.receive_key)
+        if message.device != header.sender or keys != (public.sign, public.receive):
+            raise RemoteProtocolError("the Enrol speaks for another device or for other keys")
