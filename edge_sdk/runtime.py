@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import ConfigError, FleetError, RuntimeFailure
 from edge_sdk.prompts import TaskPrompts, Tokens, batches, load_tokenizer
+from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import TextTask
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,11 @@ class SlmSession:
             raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {exc}") from exc
         manifest = _manifest(folder)
         self.folder = folder
-        self.release = str(manifest.get("release", ""))
-        self.task = task or _task(manifest)
+        self.release = manifest.release if manifest else ""
+        self.task = task or (manifest.task if manifest else None)
         self.adapter: Path | None = None
         self.tokens_per_s = 0.0
-        self._slots: dict[str, list[int]] = manifest.get("adapter_slots") or {}
+        self._slots = dict(manifest.adapter_slots) if manifest else {}
         self._max_tokens = max_tokens
         self._adapter_name = ""
         self._prompts: dict[TextTask, TaskPrompts] = {}
@@ -373,22 +373,17 @@ def _overlay(session_options: Mapping[str, object]) -> str:
     return json.dumps(options)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _manifest(folder: Path) -> ReleaseManifest | None:
+    """The bundle's own description; a plain genai folder has none and serves as well."""
     try:
-        found = json.loads((folder / "symbiont.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return decode_manifest((folder / MANIFEST_FILE).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, FleetError) as exc:
+        raise RuntimeFailure(f"{folder / MANIFEST_FILE} cannot be read: {exc}") from exc
 
 
-def _task(manifest: Mapping[str, Any]) -> TextTask | None:
-    try:
-        return msgspec.convert(manifest.get("task"), TextTask | None)
-    except msgspec.ValidationError as exc:
-        raise RuntimeFailure(f"the bundle's task is malformed: {exc}") from exc
-
-
-def _slot_fault(shapes: Mapping[str, list[int]], slots: Mapping[str, list[int]]) -> str:
+def _slot_fault(shapes: Mapping[str, list[int]], slots: Mapping[str, tuple[int, int]]) -> str:
     for name, shape in shapes.items():
         slot, _, half = name.rpartition(".")
         if slots and (slot not in slots or half not in ("lora_A", "lora_B")):

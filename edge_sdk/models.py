@@ -1,0 +1,359 @@
+"""Which model this device runs: fetched whole, verified, tried, switched at once, the old one kept.
+
+Knows folders and the order of safe steps. Does not know messages, training, or the signatures
+themselves (trust.py decides those).
+
+    models/trust/            what the owner has signed so far; never falls back
+    models/incoming/         files received for the present offer, not yet believed
+    models/bundles/RELEASE/  verified files of a release; made complete under another name first
+    models/current.json      the release that runs and the one before it; replaced by rename
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from edge_sdk.errors import (
+    DigestError,
+    RemoteProtocolError,
+    RuntimeFailure,
+    StorageError,
+    TrustError,
+)
+from edge_sdk.trust import TargetFile, TrustedRelease, is_target
+from edge_sdk.wire.manifest import ADAPTER_FILE, MANIFEST_FILE, ReleaseManifest, decode_manifest
+from edge_sdk.wire.messages import Name, OfferModel
+
+logger = logging.getLogger(__name__)
+
+PROBE_BASE_MB = 4096
+"""MiB of address space of a trial beside the bundle: Python and ONNX Runtime map some 2 GiB."""
+_NAME = msgspec.json.Decoder(Name)
+
+
+class Held(Struct, frozen=True, forbid_unknown_fields=True):
+    """A release on this disk: the bundle's folder and, for an adapter release, its adapter file."""
+
+    family: str
+    release: str
+    bundle: str
+    adapter: str = ""
+
+    @property
+    def adapter_path(self) -> Path | None:
+        """The adapter file to load over the bundle, if any."""
+        return Path(self.adapter) if self.adapter else None
+
+
+class _Pointer(Struct, frozen=True, forbid_unknown_fields=True):
+    current: Held | None = None
+    previous: Held | None = None
+
+
+Probe = Callable[[Held], None]
+"""Tries a release without trusting it to be harmless; raises RuntimeFailure if it fails."""
+
+
+class ModelStore:
+    """The releases of one device under `folder`; one process at a time."""
+
+    def __init__(self, folder: Path, *, root: bytes, probe: Probe) -> None:
+        """Open the store; `root` is the TUF root received at enrolment.
+
+        Raises:
+            StorageError: the folder cannot be made or its pointer is damaged.
+        """
+        self._folder, self._root, self._probe = folder, root, probe
+        self._trust, self._incoming = folder / "trust", folder / "incoming"
+        self._bundles = folder / "bundles"
+        with _stored("make"):
+            for part in (self._incoming, self._bundles):
+                part.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._hashed: dict[tuple[str, int, int, str], bool] = {}
+        self._pointer = self._read_pointer()
+
+    @property
+    def current(self) -> Held | None:
+        """The release that runs, None before the first."""
+        return self._pointer.current
+
+    @property
+    def previous(self) -> Held | None:
+        """The release that ran before, kept for `roll_back`."""
+        return self._pointer.previous
+
+    def missing(self, offer: OfferModel, *, now: datetime) -> tuple[str, ...]:
+        """Return the offer's target paths whose bytes this device does not hold.
+
+        Raises:
+            TrustError: the offer is not to be trusted (SignatureError, RollbackError, DigestError).
+            StorageError: the disk refuses.
+        """
+        trusted = self._believe(offer, now)
+        return tuple(
+            path for path in _sound_paths(offer) if self._find(trusted.target(path)) is None
+        )
+
+    def put(self, path: str, data: bytes) -> None:
+        """Keep a received file of the present offer; it is believed only by `install`.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with _stored("keep a received file in"):
+            _replace(self._incoming / _flat(path), data)
+
+    def install(self, offer: OfferModel, *, now: datetime) -> Held:
+        """Verify every file, complete the release under its name, try it, and run it from now on.
+
+        Installing the release that runs already changes nothing. On any error the release that ran
+        before still runs.
+
+        Raises:
+            TrustError: not to be trusted, or a file is lacking.
+            RuntimeFailure: it did not load or answer in its trial.
+            StorageError: the disk refuses.
+        """
+        trusted = self._believe(offer, now)
+        targets = [trusted.target(path) for path in _sound_paths(offer)]
+        final = self._bundles / offer.release
+        if not _complete(final, targets):
+            self._assemble(trusted, targets, final)
+        held = self._held(offer, final)
+        if held == self.current:
+            return held
+        self._probe(held)
+        self._switch(_Pointer(current=held, previous=self.current or self.previous))
+        logger.info("model %s now runs", held.release)
+        self._tidy()
+        return held
+
+    def roll_back(self) -> Held:
+        """Run the previous release again, because the present one fails.
+
+        Raises:
+            RuntimeFailure: there is no previous release.
+            StorageError: the disk refuses.
+        """
+        if self.previous is None:
+            raise RuntimeFailure("there is no earlier model to return to")
+        failed = self.current
+        self._switch(_Pointer(current=self.previous))
+        logger.warning("rolled back from %s", failed.release if failed else "nothing")
+        return self._pointer.current or self.roll_back()
+
+    def _believe(self, offer: OfferModel, now: datetime) -> TrustedRelease:
+        return TrustedRelease(self._trust, root=self._root, metadata=offer.metadata, now=now)
+
+    def _find(self, target: TargetFile) -> Path | None:
+        """A file with exactly the target's bytes, received or of a release already here."""
+        name = target.path.rsplit("/", 1)[-1]
+        candidates = [self._incoming / _flat(target.path)]
+        candidates += sorted(self._bundles.glob(f"*/{name}"))
+        return next((path for path in candidates if self._is(path, target)), None)
+
+    def _is(self, path: Path, target: TargetFile) -> bool:
+        """`is_target`, remembered while the file is untouched: a model is hashed once, not per file."""
+        try:
+            seen = path.stat()
+        except OSError:
+            return False
+        key = (str(path), seen.st_mtime_ns, seen.st_size, str(target.hashes))
+        if key not in self._hashed:
+            self._hashed[key] = is_target(path, target)
+        return self._hashed[key]
+
+    def _assemble(self, trusted: TrustedRelease, targets: list[TargetFile], final: Path) -> None:
+        with _stored("write to"):
+            # A fresh private folder: no name in it can be a link that somebody placed before.
+            draft = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
+        try:
+            for target in targets:
+                source = self._find(target)
+                if source is None:
+                    received = self._incoming / _flat(target.path)
+                    if received.exists():
+                        received.unlink()
+                        raise DigestError(f"{target.path} is not the file that was signed")
+                    raise TrustError(f"{target.path} has not been received")
+                trusted.take(target, source, draft / target.path.rsplit("/", 1)[-1])
+            with _stored("write to"):
+                _sync_folder(draft)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(draft, final)
+                _sync_folder(self._bundles)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _held(self, offer: OfferModel, folder: Path) -> Held:
+        """A folder with a graph is a bundle; one with only an adapter goes over its base."""
+        manifest = _read_manifest(folder)
+        if manifest is None:
+            raise TrustError(f"release {offer.release} has no readable {MANIFEST_FILE}")
+        if (manifest.family, manifest.release) != (offer.family, offer.release):
+            raise TrustError(
+                f"the offer {offer.family} {offer.release} holds the manifest of "
+                f"{manifest.family} {manifest.release}"
+            )
+        adapter = folder / ADAPTER_FILE
+        if manifest.kind != "adapter":
+            over = str(adapter) if adapter.is_file() else ""
+            return Held(offer.family, offer.release, str(folder), over)
+        base = self._bundles / (manifest.base_release or "")
+        held = _read_manifest(base) if manifest.base_release else None
+        if held is None or held.kind == "adapter" or not adapter.is_file():
+            raise TrustError(
+                f"release {offer.release} is an adapter of {manifest.base_release}, "
+                f"which this device does not hold; send that bundle first"
+            )
+        return Held(offer.family, offer.release, str(base), str(adapter))
+
+    def _switch(self, pointer: _Pointer) -> None:
+        with _stored("switch models in"):
+            _replace(self._folder / "current.json", msgspec.json.encode(pointer))
+        self._pointer = pointer
+
+    def _read_pointer(self) -> _Pointer:
+        path = self._folder / "current.json"
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=_Pointer)
+        except FileNotFoundError:
+            return _Pointer()
+        except (OSError, msgspec.DecodeError) as exc:
+            raise StorageError(
+                f"{path} is damaged ({exc}); delete it to fetch the model again"
+            ) from exc
+
+    def _tidy(self) -> None:
+        """Forget received files and every release that is neither current nor previous."""
+        kept: set[str] = set()
+        for held in (self.current, self.previous):
+            if held is not None:
+                kept |= {held.bundle, str(Path(held.adapter).parent)}
+        with contextlib.suppress(OSError):
+            for folder in self._bundles.iterdir():
+                if str(folder) not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+            for file in self._incoming.iterdir():
+                file.unlink()
+
+
+def child_probe(*, timeout_s: float, memory_mb: int = 0, threads: int = 1) -> Probe:
+    """Return a probe that loads the release in a child process and has it answer once.
+
+    A hostile or broken model can then exhaust only that process, which is limited in time and in
+    address space (`memory_mb`; 0 means PROBE_BASE_MB plus four times the bundle).
+    """
+
+    def probe(held: Held) -> None:
+        size_mb = sum(f.stat().st_size for f in Path(held.bundle).iterdir()) >> 20
+        limit_mb = memory_mb or PROBE_BASE_MB + 4 * size_mb
+        command = [sys.executable, "-m", "edge_sdk.probe", held.bundle, held.adapter]
+        command += [str(limit_mb), str(threads)]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, timeout=timeout_s, text=True, check=False
+            )
+        except subprocess.TimeoutExpired as exc:
+            raise RuntimeFailure(
+                f"release {held.release} did not answer within {timeout_s:g} s in its trial"
+            ) from exc
+        except OSError as exc:
+            raise RuntimeFailure(f"cannot start the trial of {held.release}: {exc}") from exc
+        if done.returncode:
+            words = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeFailure(
+                f"release {held.release} failed its trial (exit {done.returncode}): {words}"
+            )
+
+    return probe
+
+
+def _sound_paths(offer: OfferModel) -> tuple[str, ...]:
+    """The offer's target paths, refused unless each is FAMILY/RELEASE/FILE of plain names."""
+    names: set[str] = set()
+    for path in offer.targets:
+        parts = path.split("/")
+        if len(parts) != 3 or not all(_is_name(part) for part in parts):
+            raise TrustError(f"target path {path!r} is not FAMILY/RELEASE/FILE")
+        if parts[0] != offer.family:
+            raise TrustError(f"target path {path!r} is not of family {offer.family}")
+        if parts[2] in names:
+            raise TrustError(f"release {offer.release} has two files named {parts[2]!r}")
+        names.add(parts[2])
+    if not names:
+        raise TrustError(f"release {offer.release} has no files")
+    return offer.targets
+
+
+def _is_name(part: str) -> bool:
+    try:
+        _NAME.decode(msgspec.json.encode(part))
+    except msgspec.DecodeError:
+        return False
+    return True
+
+
+def _complete(folder: Path, targets: list[TargetFile]) -> bool:
+    wanted = {target.path.rsplit("/", 1)[-1]: target for target in targets}
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(wanted):
+        return False
+    return all(is_target(folder / name, target) for name, target in wanted.items())
+
+
+def _read_manifest(folder: Path) -> ReleaseManifest | None:
+    try:
+        return decode_manifest((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, RemoteProtocolError):
+        return None
+
+
+def _flat(path: str) -> str:
+    """A file name for a target path that cannot leave its folder."""
+    return hashlib.sha256(path.encode()).hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write by temporary file, fsync and rename: after a power cut either old or new is there."""
+    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        _sync_folder(path.parent)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _stored(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise StorageError(
+            f"cannot {doing} the model folder: {exc}; free space or fix its permissions"
+        ) from exc
