@@ -15,7 +15,6 @@ The rules, in the order they are checked (PROTOCOL.md 1.3, 1.4, 5.4):
 8. only then Done.
 """
 
-import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from edge_sdk.wire.seal import (
     Identity,
     Manifest,
     PublicIdentity,
+    manifest_digest,
     peek_header,
     read_manifest,
     unseal,
@@ -64,7 +64,6 @@ class _Transfer:
     incoming: Incoming
     manifest: Manifest
     public: PublicIdentity
-    received: int = 0
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ class Receiver:
         header = peek_header(offer.manifest)
         if header.stream != offer.stream:
             raise RemoteProtocolError("an Offer names another stream than its manifest")
-        digest = hashlib.sha256(offer.manifest).digest()
+        digest = manifest_digest(offer.manifest)
         if digest in self._rejects:
             self.publish(peer, header.kind, self._rejects[digest])
             return header.kind
@@ -139,9 +138,8 @@ class Receiver:
             except Exception:
                 del self._transfers[peer, chunk.stream]  # it believes they are kept
                 raise
-            transfer.received += len(received.store)
-            done_bytes = min(header.plaintext_bytes, transfer.received * CHUNK_BYTES)
-            self._report(header, done_bytes)
+            held = transfer.incoming.held_chunks
+            self._report(header, min(header.plaintext_bytes, held * CHUNK_BYTES))
         for frame in received.reply:
             self._answer(peer, header.kind, frame)
         if received.complete:
@@ -176,13 +174,17 @@ class Receiver:
             reason = "it expired before it arrived; check both clocks, then send it again"
             self._reject(peer, header, manifest.digest, Refusal.EXPIRED, reason)
             return
+        limit = MAX_ENROL_BYTES if header.kind == "Enrol" else MAX_MESSAGE_BYTES
+        if header.plaintext_bytes > limit:
+            reason = f"{header.plaintext_bytes} bytes are over the limit of {limit}"
+            self._reject(peer, header, manifest.digest, Refusal.TOO_LARGE, reason)
+            return
         key = (peer, header.stream)
         transfer = self._transfers.get(key)
         if transfer is None or transfer.manifest.digest != manifest.digest:
             held = self.mailbox.held(header.stream, manifest.digest)
-            limit = MAX_ENROL_BYTES if header.kind == "Enrol" else MAX_MESSAGE_BYTES
             incoming = Incoming(manifest, held, max_bytes=limit)
-            transfer = _Transfer(incoming, manifest, public, len(held))
+            transfer = _Transfer(incoming, manifest, public)
             self._make_room(peer)
             self._transfers[key] = transfer
         if transfer.incoming.complete:
