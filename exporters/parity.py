@@ -77,7 +77,9 @@ def check_parity(
     for ids in batches:
         with torch.inference_mode():
             ours = model(torch.from_numpy(ids)).logits[0].float().numpy()  # (T, vocab)
-        theirs = session.run(["logits"], empty_cache_feed(bundle_dir, session, ids))[0][0]  # (T, vocab)
+        theirs = session.run(["logits"], empty_cache_feed(bundle_dir, session, ids))[0][
+            0
+        ]  # (T, vocab)
         errors += float(np.square(_centred(theirs) - _centred(ours)).sum())
         norms += float(np.square(_centred(ours)).sum())
         same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
@@ -151,9 +153,7 @@ def empty_cache_feed(
     return feed
 
 
-def worst_layer(
-    bundle_dir: Path, model: Any, ids: npt.NDArray[np.int64]
-) -> tuple[str, float]:
+def worst_layer(bundle_dir: Path, model: Any, ids: npt.NDArray[np.int64]) -> tuple[str, float]:
     """The linear layer that adds most relative error to what it received, and its output's error.
 
     Compares each layer's output in the graph with the same layer's output in torch `model`.
@@ -177,7 +177,9 @@ def worst_layer(
             hook.remove()
     names = list(dict.fromkeys(edge for pair in linears.values() for edge in pair))
     session = open_session(bundle_dir, names)
-    values = dict(zip(names, session.run(names, empty_cache_feed(bundle_dir, session, ids)), strict=True))
+    values = dict(
+        zip(names, session.run(names, empty_cache_feed(bundle_dir, session, ids)), strict=True)
+    )
     added = {}
     for name, (x, y) in linears.items():
         came, left = (relative(values[e][0], t) for e, t in zip((x, y), seen[name], strict=True))

@@ -26,8 +26,9 @@ import numpy.typing as npt
 import onnx
 
 from edge_sdk.errors import ExportError
-from edge_sdk.wire.manifest import MANIFEST_FILE, FileEntry, ReleaseManifest, encode_manifest
+from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, encode_manifest
 from edge_sdk.wire.messages import TextTask
+from exporters.bundle import file_entries
 from exporters.lora_inputs import add_lora_inputs
 from exporters.parity import ParityLimits, check_parity
 from exporters.weights_index import layer_linears, write_index
@@ -135,17 +136,6 @@ def export_slm(
     return manifest
 
 
-def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """SHA-256 and size of every file of a release folder except its manifest."""
-    entries = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST_FILE:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entries[path.name] = FileEntry(sha256=digest, bytes=path.stat().st_size)
-    return entries
-
-
 def _read_config(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     try:
@@ -198,9 +188,7 @@ def _build(model_dir: Path, folder: Path, options: SlmOptions) -> None:
         raise ExportError(f"onnxruntime-genai's builder cannot export {model_dir}: {exc}") from exc
 
 
-def _finish_graph(
-    model_dir: Path, folder: Path, options: SlmOptions
-) -> dict[str, tuple[int, int]]:
+def _finish_graph(model_dir: Path, folder: Path, options: SlmOptions) -> dict[str, tuple[int, int]]:
     graph = onnx.load(str(folder / MODEL_FILE), load_external_data=False)
     _mend_shared_embedding(graph)
     parameters, hf_linears = _torch_names(model_dir)
@@ -252,7 +240,9 @@ class _Checkpoint:
     def __init__(self, model_dir: Path) -> None:
         from safetensors import safe_open
 
-        self._files = [safe_open(p, framework="pt") for p in sorted(model_dir.glob("*.safetensors"))]
+        self._files = [
+            safe_open(p, framework="pt") for p in sorted(model_dir.glob("*.safetensors"))
+        ]
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
