@@ -163,9 +163,8 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = getattr(config, "architectures", None) or []
     model_class: Any = getattr(transformers, names[0], None) if names else None
-    if not isinstance(model_class, type) or not issubclass(
-        model_class, transformers.PreTrainedModel
-    ):
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if not known:
         raise WeightsError(
             f"{folder / 'config.json'}: architectures {names!r} is not a known model"
         )
