@@ -7,6 +7,7 @@ Knows linear algebra and layouts. Does not know quantizers, headers or training 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from compression.blocks import F32, Layout, Tensors, kind_of
 from compression.errors import CodecError
 
+F16 = npt.NDArray[np.float16]
 F64 = npt.NDArray[np.float64]
 
 LEVELS = 6
@@ -24,19 +26,24 @@ LEVELS = 6
 class Basis:
     """What the coordinator learned from earlier updates, and devices receive.
 
-    encoders: kind -> float32 (block, width) with orthonormal columns; the decoder is the transpose.
+    stored: kind -> float16 (block, width), as it travels; `encoders` are the exact matrices.
     tensor_levels: uint8 (tensors,), channel_levels: kind -> uint8 (width,): how many half octaves
     below the largest a latent is expected to be; their sum picks its class.
     """
 
-    encoders: Mapping[str, F32]
+    stored: Mapping[str, F16]
     tensor_levels: npt.NDArray[np.uint8]
     channel_levels: Mapping[str, npt.NDArray[np.uint8]]
+
+    @cached_property
+    def encoders(self) -> dict[str, F32]:
+        """kind -> float32 (block, width) with orthonormal columns; the decoder is the transpose."""
+        return {kind: orthonormal(matrix) for kind, matrix in self.stored.items()}
 
     @property
     def width(self) -> int:
         """Latents per block."""
-        return int(next(iter(self.encoders.values())).shape[1])
+        return int(next(iter(self.stored.values())).shape[1])
 
     def encode(self, blocks: F32, layout: Layout) -> F32:
         """Latents (rows, width) of blocks (rows, block)."""
@@ -117,15 +124,14 @@ def learn(
         norms += [float(np.square(blocks[rows]).mean()) for rows in layout.tensor_rows]
     if count == 0 or not any(moment.any() for moment in moments.values()):
         raise CodecError("a codec needs at least one update that is not zero to learn from")
-    made = {
-        kind: orthonormal(_encoder(moments[kind], width, (encoders or {}).get(kind)))
-        for kind in layout.kinds
-    }
+    given = encoders or {}
+    stored = {kind: _encoder(moments[kind], width, given.get(kind)) for kind in layout.kinds}
     channels = {}
-    for kind, w in made.items():
+    for kind, matrix in stored.items():
+        w = orthonormal(matrix)
         energy = np.einsum("ik,ij,jk->k", w, moments[kind], w)  # (width,) energy of each latent
         channels[kind] = _levels(energy)
-    return Basis(made, _levels_by_kind(norms, layout), channels)
+    return Basis(stored, _levels_by_kind(norms, layout), channels)
 
 
 def normalised(blocks: F32, layout: Layout) -> F32:
@@ -138,9 +144,7 @@ def normalised(blocks: F32, layout: Layout) -> F32:
     return out
 
 
-def _encoder(
-    moment: F64, width: int, given: npt.NDArray[np.floating] | None
-) -> npt.NDArray[np.float16]:
+def _encoder(moment: F64, width: int, given: npt.NDArray[np.floating] | None) -> F16:
     if given is None:
         _, vectors = np.linalg.eigh(moment)
         given = vectors[:, ::-1][:, :width]

@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from compression.basis import Basis, orthonormal
-from compression.blocks import F32, KINDS, MAX_TENSORS, Layout
+from compression.basis import F16, Basis
+from compression.blocks import KINDS, MAX_TENSORS, Layout
 from compression.errors import CodecError
 
 FILE_NAME = "codec.safetensors"
@@ -37,7 +37,7 @@ def dump(layout: Layout, method: int, step: float, basis: Basis | None) -> bytes
     if basis is not None:
         tensors = {"tensor_levels": basis.tensor_levels}
         for kind in layout.kinds:
-            tensors[f"encoder.{kind}"] = basis.encoders[kind].astype(np.float16)
+            tensors[f"encoder.{kind}"] = basis.stored[kind]
             tensors[f"channel_levels.{kind}"] = basis.channel_levels[kind]
     text = json.dumps(record, separators=(",", ":"), sort_keys=True)
     return save(tensors, metadata={"codec": text})
@@ -53,8 +53,7 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
         raise CodecError(f"a codec file of {len(data)} bytes is over {MAX_FILE_BYTES}")
     try:
         tensors = load(data)
-        length = int.from_bytes(data[:8], "little")
-        record = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["codec"])
+        record = json.loads(record_of(data))
         if record["format"] != FORMAT:
             raise CodecError(f"codec format {record['format']!r}; this version reads {FORMAT}")
         names, shapes = tuple(record["names"]), tuple(tuple(shape) for shape in record["shapes"])
@@ -70,6 +69,12 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
         raise CodecError("not a codec file: a field has the wrong type")
     layout = Layout(names, shapes, block)
     return layout, method, step, _basis(tensors, layout) if "tensor_levels" in tensors else None
+
+
+def record_of(data: bytes) -> str:
+    """The JSON record inside a codec file; safetensors' numpy reader does not return metadata."""
+    length = int.from_bytes(data[:8], "little")
+    return str(json.loads(data[8 : 8 + length])["__metadata__"]["codec"])
 
 
 def encoder_graph(layout: Layout, basis: Basis) -> bytes:
@@ -101,7 +106,7 @@ def encoder_graph(layout: Layout, basis: Basis) -> bytes:
 
 
 def _basis(tensors: dict[str, Any], layout: Layout) -> Basis:
-    encoders: dict[str, F32] = {}
+    stored: dict[str, F16] = {}
     levels: dict[str, Any] = {}
     wanted = {"tensor_levels": (len(layout.names),)}
     width = None
@@ -112,7 +117,7 @@ def _basis(tensors: dict[str, Any], layout: Layout) -> Basis:
         width = matrix.shape[1] if width is None else width
         if matrix.shape != (layout.block, width) or not 1 <= width <= layout.block:
             raise CodecError(f"encoder {kind} has shape {matrix.shape} for block {layout.block}")
-        encoders[kind] = orthonormal(matrix)
+        stored[kind] = matrix
         levels[kind] = tensors.get(f"channel_levels.{kind}")
         wanted[f"channel_levels.{kind}"] = (width,)
     for name, shape in wanted.items():
@@ -121,4 +126,6 @@ def _basis(tensors: dict[str, Any], layout: Layout) -> Basis:
             raise CodecError(f"a codec file without {name} as uint8 {shape}")
     if set(tensors) - set(wanted) - {f"encoder.{kind}" for kind in KINDS}:
         raise CodecError("a codec file with tensors that are none of its own")
-    return Basis(encoders, tensors["tensor_levels"], levels)
+    basis = Basis(stored, tensors["tensor_levels"], levels)
+    basis.encoders  # noqa: B018 - derives them now, so that a wrong one is refused here
+    return basis
