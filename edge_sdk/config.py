@@ -5,7 +5,7 @@ Knows the file `edge.toml`. Does not know what the settings are used for.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,6 +71,13 @@ class LinkSection(Struct, frozen=True, forbid_unknown_fields=True):
     ca_file: Annotated[
         _Path, Meta(description="PEM file of the broker's authority; empty means the system's.")
     ] = ""
+    mqtt_version: Annotated[
+        Literal["5", "3.1.1"],
+        Meta(
+            description="MQTT version tried first; the other follows by itself, "
+            "but naming 3.1.1 for an older broker saves a second at each start.",
+        ),
+    ] = "5"
     window_kb: Annotated[
         int,
         Meta(

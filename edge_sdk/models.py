@@ -165,7 +165,7 @@ class ModelStore:
         return next((path for path in candidates if self._is(path, target)), None)
 
     def _is(self, path: Path, target: TargetFile) -> bool:
-        """`is_target`, remembered while the file is untouched: a model is hashed once, not per file."""
+        """`is_target`, remembered while the file is untouched, so that a model is hashed once."""
         try:
             seen = path.stat()
         except OSError:
