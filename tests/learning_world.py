@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edge_sdk.wire.messages import TextTask
@@ -18,7 +18,7 @@ TASK = TextTask(
     words=(" sum", " story", " list"),
 )
 SIGNS = {"sum": ("add", "plus"), "story": ("tell", "once"), "list": ("name", "items")}
-FILLERS = tuple("the a of my your two red big cat dog house tree now please for me".split())
+FILLERS = ("the", "a", "of", "my", "two", "red", "big", "cat", "dog", "house", "now", "please")
 
 
 def tokenizer() -> Tokenizer:
@@ -30,8 +30,6 @@ def tokenizer() -> Tokenizer:
         models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(vocab))}, unk_token="<unk>")
     )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     made.decoder = decoders.ByteLevel()
     return made
 

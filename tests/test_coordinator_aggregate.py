@@ -69,7 +69,7 @@ def test_refactoring_loses_exactly_the_svd_tail():
     assert same
 
 
-def test_the_new_A_is_the_old_one_projected():
+def test_the_new_input_factor_is_the_old_one_projected():
     parts = [factors(seed) for seed in range(3)]
     A = parts[0][f"{SLOT}.lora_A"]
     mean = sum(product(p) for p in parts) / 3
@@ -93,7 +93,7 @@ def test_an_unusable_gauge_is_replaced_by_the_balanced_one_without_loss():
     assert np.linalg.cond(A_new) < 1e2
 
 
-def test_a_mean_of_lower_rank_keeps_the_free_directions_of_A():
+def test_a_mean_of_lower_rank_keeps_the_free_directions():
     part = factors(1)
     part[f"{SLOT}.lora_B"][:, 2:] = 0.0
     A = np.random.default_rng(2).normal(size=(R, IN))

@@ -1,0 +1,142 @@
+"""The server's copy of one SLM family, on the very int4 weights its devices run.
+
+Knows the bundle's model, the task, the global factors and the newest factors of each device. Does
+not know where they came from or what is done with its scores.
+
+One base model is held; a replica of a device is that base with the device's factors put in place.
+CrossLM's feedback (PAPERS.md 1) so runs on the coordinator, with no text sent to any device.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compression.int4_torch import load_slm
+from edge_sdk.errors import ConfigError, LocalProtocolError
+from edge_sdk.train.lora import Adapter, Factors, Layout, LoraSpec, start_factors, wire_exact
+from edge_sdk.train.text_task import TaskReader, label_probs
+from edge_sdk.wire.messages import TextTask
+
+F32 = npt.NDArray[np.float32]
+
+
+class Twin:
+    """One family's model, its global factors and its replicas.
+
+    Attributes:
+        family: name of the SLM family.
+        adapter: the LoRA layers in the model.
+        factors: the global factors, exactly as float16 carries them to devices.
+        replicas: device id -> newest factors decoded from that device.
+        temperature: divides log-probabilities before they become scores; small models fine-tuned
+            on little data are over-confident, and feedback needs probabilities.
+
+    Raises:
+        ConfigError: the temperature is not above 0, or the targets do not fit the model.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        model: Any,
+        reader: TaskReader,
+        spec: LoraSpec,
+        *,
+        seed: int,
+        temperature: float = 1.5,
+    ) -> None:
+        if temperature <= 0:
+            raise ConfigError(f"temperature {temperature} of twin {family} must be above 0")
+        self.family, self.temperature, self.reader = family, temperature, reader
+        self.adapter = Adapter(model, spec)
+        self.factors: Factors = start_factors(self.adapter.layout, seed)
+        self.replicas: dict[str, Factors] = {}
+
+    @classmethod
+    def from_bundle(
+        cls,
+        family: str,
+        bundle_dir: Path,
+        task: TextTask,
+        spec: LoraSpec,
+        *,
+        seed: int,
+        temperature: float = 1.5,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> "Twin":
+        """The twin of the release in `bundle_dir`, with its int4 weights and tokenizer.
+
+        Raises:
+            WeightsError: the bundle's weights do not fit its configuration.
+            ConfigError: the task does not fit the tokenizer, or the targets not the model.
+        """
+        reader = TaskReader.from_folder(task, bundle_dir)
+        model = load_slm(bundle_dir, dtype=dtype)
+        return cls(family, model, reader, spec, seed=seed, temperature=temperature)
+
+    @property
+    def spec(self) -> LoraSpec:
+        """Rank, alpha and targets of the family's adapters."""
+        return self.adapter.spec
+
+    @property
+    def layout(self) -> Layout:
+        """Shape of every factor."""
+        return self.adapter.layout
+
+    def set_global(self, factors: Factors) -> None:
+        """Replace the global factors by what float16 makes of `factors`.
+
+        Raises:
+            RemoteProtocolError: they are not for this family, or do not fit float16.
+        """
+        exact = wire_exact(factors)
+        self.adapter.load(exact)
+        self.factors = exact
+
+    def restore(self, factors: Factors, replicas: Mapping[str, Factors]) -> None:
+        """Take up global factors and replicas stored earlier."""
+        self.set_global(factors)
+        self.replicas = dict(sorted(replicas.items()))
+
+    def probs(self, texts: Sequence[str], factors: Factors | None = None) -> F32:
+        """Probability of each label, (n, labels), by the global factors or by those given."""
+        self.adapter.load(self.factors if factors is None else factors)
+        result: F32 = label_probs(
+            self.adapter.model, self.reader, texts, temperature=self.temperature
+        ).numpy()
+        return result
+
+    def jury(self, texts: Sequence[str]) -> F32:
+        """Mean of the replicas' label probabilities, (n, labels); the global model's if none."""
+        if not self.replicas:
+            return self.probs(texts)
+        votes = [self.probs(texts, factors) for _, factors in sorted(self.replicas.items())]
+        result = np.mean(np.stack(votes), axis=0)
+        return np.asarray(result, dtype=np.float32)
+
+    def score(self, texts: Sequence[str], labels: Sequence[str]) -> F32:
+        """s_i = mean over replicas of p(label_i | text_i), (n,) in [0, 1].
+
+        Raises:
+            DataError: a label is not of the task.
+            LocalProtocolError: texts and labels do not pair up.
+
+        Source: CrossLM (arXiv 2312.05842), feedback of the small models; PAPERS.md 1 (b).
+        """
+        if len(texts) != len(labels):
+            raise LocalProtocolError(
+                f"{len(texts)} texts cannot be scored with {len(labels)} labels"
+            )
+        wanted = [self.reader.label_index(label) for label in labels]
+        result: F32 = self.jury(texts)[np.arange(len(texts)), wanted]
+        return result
+
+    def accuracy(self, texts: Sequence[str], labels: Sequence[str]) -> float:
+        """Share of texts that the global model puts under the right label."""
+        wanted = np.array([self.reader.label_index(label) for label in labels])
+        return float(np.mean(self.probs(texts).argmax(axis=1) == wanted))
