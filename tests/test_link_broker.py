@@ -270,5 +270,5 @@ def test_a_user_name_that_would_break_the_files_is_refused(name: str, tmp_path: 
 
 def test_a_port_in_use_is_reported_with_the_log(tmp_path: Path) -> None:
     with start_broker(tmp_path / "one", users=USERS) as running:
-        with pytest.raises(LinkError, match="did not start.*in use"):
+        with pytest.raises(LinkError, match=r"did not start.*in use"):
             start_broker(tmp_path / "two", users=USERS, port=running.port)

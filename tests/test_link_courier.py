@@ -415,16 +415,16 @@ def test_a_corrupted_chunk_is_not_kept(town: Town) -> None:
     assert town.coordinator.letters() == [file("t", 300_000)]
 
 
-def test_an_oversized_manifest_is_parked_and_the_others_go_on(town: Town) -> None:
+def test_what_the_broker_cannot_carry_is_parked_and_the_others_go_on(town: Town) -> None:
     kitchen = town.add("kitchen").open()
-    kitchen.link._max_payload = 66_000
+    kitchen.link._max_payload = 30_000
 
-    kitchen.courier.send("coordinator", file("big", 140_000_000), task="big")
+    kitchen.courier.send("coordinator", file("big", 100_000), task="big")
     kitchen.courier.send("coordinator", refused("small"), task="small")
     town.settle()
 
     assert town.coordinator.letters() == [refused("small")]
-    assert "over the broker's limit of 66000" in kitchen.mailbox.parked()[0].parked
+    assert "over the broker's limit of 30000" in kitchen.mailbox.parked()[0].parked
 
 
 # --- enrolment ----------------------------------------------------------------------------------

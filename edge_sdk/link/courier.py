@@ -88,6 +88,8 @@ class Courier:
         self.mailbox = mailbox
         self.mail = threading.Condition()
         self.malformed: Counter[str] = Counter()
+        self._arrivals = 0
+        self._settlements = 0
         self._link = link
         self._tenant = tenant
         self._me = me
@@ -182,6 +184,7 @@ class Courier:
         if to == self._me:
             raise LocalProtocolError(f"{to} cannot send a message to itself")
         stream = self.mailbox.put(to, type(message).__name__, task, encode(message))
+        self._sender.expect(stream, to)
         self.nudge()
         return stream
 
@@ -193,13 +196,18 @@ class Courier:
             RemoteProtocolError: the receiver refused it for good.
             LinkError: neither happened in time; it stays in the outbox and is still sent.
         """
+        deadline = self._clock() + timeout_s
         with self.mail:
-            if not self.mail.wait_for(lambda: self._is_settled(stream), timeout_s):
-                raise LinkError(
-                    f"not confirmed within {timeout_s:.0f} s; is the other side running? "
-                    "It stays in the outbox"
-                )
-        item = self.mailbox.posted(stream)
+            item = self.mailbox.posted(stream)
+            while item is not None and not item.parked:
+                seen = self._settlements
+                left_s = deadline - self._clock()
+                if not self.mail.wait_for(lambda: self._settlements != seen, left_s):  # noqa: B023
+                    raise LinkError(
+                        f"not confirmed within {timeout_s:.0f} s; is the other side running? "
+                        "It stays in the outbox"
+                    )
+                item = self.mailbox.posted(stream)
         if item is None:
             return
         if item.kind == "Enrol":
@@ -209,7 +217,10 @@ class Courier:
     def wait_for_mail(self, timeout_s: float) -> bool:
         """Return True as soon as a letter is unread, False after `timeout_s` without one."""
         with self.mail:
-            return self.mail.wait_for(lambda: bool(self.mailbox.unread()), timeout_s)
+            seen = self._arrivals
+            if self.mailbox.unread():
+                return True
+            return self.mail.wait_for(lambda: self._arrivals != seen, timeout_s)
 
     def announce_keys(self, bundle: bytes) -> None:
         """On the coordinator: keep the signed key bundle retained on the broker from now on."""
@@ -362,16 +373,15 @@ class Courier:
         return True
 
     def _settled(self, _stream: bytes) -> None:
-        self._new_mail()
+        with self.mail:
+            self._settlements += 1
+            self.mail.notify_all()
         self.nudge()  # there is room for the next one
 
     def _new_mail(self) -> None:
         with self.mail:
+            self._arrivals += 1
             self.mail.notify_all()
-
-    def _is_settled(self, stream: bytes) -> bool:
-        item = self.mailbox.posted(stream)
-        return item is None or bool(item.parked)
 
 
 def part(task: str, name: str) -> str:

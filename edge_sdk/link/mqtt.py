@@ -58,7 +58,8 @@ class MqttLink:
 
     `client_id` defaults to the user of the url. `ca`, `cert` and `key` are PEM files for mqtts.
     `mqtt_version` is tried first; a broker that knows only 3.1.1 is found out by its refusal or
-    its silence, and "3.1.1" saves that second. At most `window_messages` publishes (and `window_bytes`) are unacknowledged at any time.
+    its silence, and "3.1.1" saves that second. At most `window_messages` publishes (and
+    `window_bytes`) are unacknowledged at any time.
 
     Raises:
         ConfigError: the url is not an MQTT url, or TLS files are given without mqtts.
@@ -459,7 +460,7 @@ class MqttLink:
                 self._inbox_bytes -= len(message.payload)
             for pattern, handler in list(self._handlers):
                 if matches(message.topic, pattern):
-                    handler(message.topic, message.payload)
+                    handler(message.topic, bytes(message.payload))
             if client is self._client:
                 client.ack(message.mid, message.qos)
 

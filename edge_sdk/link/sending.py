@@ -98,6 +98,10 @@ class Sender:
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
     _peers: dict[bytes, str] = field(default_factory=dict)
 
+    def expect(self, stream: bytes, to: str) -> None:
+        """Note whom a new stream is for, so that it is not read from the disk to find out."""
+        self._peers[stream] = to
+
     # --- called by the courier's worker -----------------------------------------------------
 
     def refill(self) -> None:
@@ -105,7 +109,6 @@ class Sender:
         if not self.link.connected:
             return
         pending = self.mailbox.pending()
-        self._peers = {stream: self._peers[stream] for stream in pending if stream in self._peers}
         busy: dict[str, int] = {}
         for current in self._streams.values():
             busy[current.to] = busy.get(current.to, 0) + 1
@@ -141,7 +144,7 @@ class Sender:
         if outgoing.done:
             self.mailbox.mark_done(current.stream)
             self._report(current, current.size)
-            self._end(current)
+            self._settle(current)
         elif outgoing.rejected is not None:
             self._rejected(current, outgoing.rejected)
         else:
@@ -289,11 +292,15 @@ class Sender:
     def _park(self, current: _Stream, reason: str) -> None:
         logger.warning("%s to %s was set aside: %s", current.kind, current.to[:12], reason)
         self.mailbox.park(current.stream, reason)
+        self._settle(current)
+
+    def _settle(self, current: _Stream) -> None:
         self._end(current)
+        self._peers.pop(current.stream, None)
+        self.settled(current.stream)
 
     def _end(self, current: _Stream) -> None:
         self._streams.pop(current.stream, None)
-        self.settled(current.stream)
 
     def _report(self, current: _Stream, done_bytes: int) -> None:
         self.progress(
