@@ -119,10 +119,6 @@ class Database:
     def _named_errors(self, path: object) -> Iterator[None]:
         try:
             yield
-        except OSError as exc:
-            raise StorageError(
-                f"cannot open {path}: {exc}; check the folder and its rights"
-            ) from exc
         except sqlite3.DatabaseError as exc:
             if isinstance(exc, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                 raise  # the caller's own mistake, not the disk's
@@ -131,12 +127,15 @@ class Database:
 
 def _open(path: Path) -> sqlite3.Connection:
     # Private from its first byte: SQLite gives the log files the rights of the main one.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as exc:
+        raise StorageError(f"cannot open {path}: {exc}; check the folder and its rights") from exc
     return sqlite3.connect(path, check_same_thread=False)
 
 
 def _next_step(exc: sqlite3.DatabaseError) -> str:
-    match getattr(exc, "sqlite_errorcode", None):
+    match getattr(exc, "sqlite_errorcode", 0) & 0xFF:  # without the extended part
         case sqlite3.SQLITE_FULL | sqlite3.SQLITE_IOERR:
             return "free space on that disk; nothing stored was lost"
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
