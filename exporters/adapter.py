@@ -11,10 +11,10 @@ In onnxruntime-genai 0.18 an adapter belongs to a generator:
     adapters = og.Adapters(model); adapters.load(path, "name")
     generator.set_active_adapter(adapters, "name")   # before the first append_tokens
 
-No call takes an adapter off again, and setting another one after tokens were appended would leave
-a key-value cache of two models. A new generator without set_active_adapter runs the base, to the
-last bit; it costs no reload, the model stays. `adapters.unload("name")` refuses while a generator
-still uses it.
+Tried: no call takes an adapter off again (the name "" is refused), and a second adapter on the
+same generator replaces only the slots it has; the first one stays in the others. So one generator
+has one adapter for life. A generator without set_active_adapter runs the base to the last bit, and
+a new one costs no reload. `adapters.unload("name")` refuses while a generator still uses it.
 """
 
 import math

@@ -16,9 +16,6 @@ from onnx import TensorProto, helper
 
 from edge_sdk.errors import ExportError
 
-RANK_AXIS = "lora_rank"
-"""Symbolic name of r; one name for all slots, since an adapter has one rank."""
-
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -78,12 +75,12 @@ def _branch(node: onnx.NodeProto, linear: Linear) -> list[onnx.NodeProto]:
 
 def _declare(graph: onnx.GraphProto, linear: Linear) -> None:
     a, b = slot_names(linear.name)
-    shapes: dict[str, list[int | str]] = {
-        a: [linear.in_features, RANK_AXIS],
-        b: [RANK_AXIS, linear.out_features],
-    }
+    # A name of its own for each slot's r: an adapter may leave some slots at rank 0, and
+    # onnxruntime lets axes of one name share buffers.
+    r = f"{linear.name}.rank"
+    shapes: dict[str, list[int | str]] = {a: [linear.in_features, r], b: [r, linear.out_features]}
     for name, shape in shapes.items():
-        empty = [0 if axis == RANK_AXIS else axis for axis in shape]
+        empty = [0 if axis == r else axis for axis in shape]
         graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
         graph.initializer.append(
             TensorProto(name=name, data_type=TensorProto.FLOAT, dims=empty, raw_data=b"")

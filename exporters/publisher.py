@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -187,12 +187,12 @@ class Publisher:
         Raises:
             ExportError: no such target.
         """
-        plain = PurePosixPath(path)
-        plain = plain.with_name(_HASHED.sub("", plain.name))
+        folder, _, name = path.rpartition("/")
+        plain = f"{folder}/{_HASHED.sub('', name)}"
         targets: Targets = self._load("targets").signed
-        if str(plain) not in targets.targets:
+        if plain not in targets.targets:
             raise ExportError(f"{path} is not a published target")
-        return (self._targets / str(plain)).read_bytes()
+        return (self._targets / plain).read_bytes()
 
     def releases(self) -> dict[str, tuple[str, ...]]:
         """Target paths of each published release, by "<family>/<release>"."""

@@ -48,7 +48,6 @@ ARCHITECTURES = {
     "PhiForCausalLM": "Phi-1.5 and Phi-2",
     "GemmaForCausalLM": "Gemma",
     "Gemma2ForCausalLM": "Gemma 2",
-    "Gemma3ForCausalLM": "Gemma 3",
 }
 """Decoder architectures whose linear layers the builder keeps apart, each tried by a test."""
 
@@ -166,6 +165,7 @@ def _build(model_dir: Path, folder: Path, options: SlmOptions) -> None:
     settings = {
         "fuse_qkv": False,  # an adapter is trained per projection
         "fuse_mlp_gate_up": False,
+        "windowed_kv_cache": False,  # every layer keeps its whole context, as torch does
         "shared_embeddings": _is_tied(model_dir),
         "matmul_mixed_precision": f"last_matmul:int{options.embedding_bits}",
         "block_size": options.block,

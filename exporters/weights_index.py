@@ -25,6 +25,9 @@ DATA_FILE = "model.onnx.data"
 INDEX_FILE = "weights.json"
 
 _LAYER = re.compile(r"/layers\.(\d+)/(?:.*/)?(\w+)/MatMul(?:_Q\d|NBits)?$")
+_BUILDERS_NAME = {"dense": "o_proj"}
+"""Hugging Face's last name of a linear layer -> the builder's, where they differ (Phi)."""
+
 _HF_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(?:.*\.)?(\w+)$")
 
 F32 = npt.NDArray[np.float32]
@@ -45,7 +48,8 @@ def layer_linears(
     for name, shape in hf_linears.items():
         match = _HF_LAYER.search(name)
         if match:
-            by_place[(int(match[1]), match[2])] = (name, shape)
+            leaf = _BUILDERS_NAME.get(match[2], match[2])
+            by_place[(int(match[1]), leaf)] = (name, shape)
     found: dict[str, Linear] = {}
     for node in model.graph.node:
         match = _LAYER.search(node.name)
