@@ -39,15 +39,15 @@ class DeviceSection(Struct, frozen=True, forbid_unknown_fields=True):
             description="Model families this device accepts; none means any that is offered.",
         ),
     ] = ()
-    outbox_mb: Annotated[
+    store_mb: Annotated[
         int,
         Meta(
-            ge=1,
-            le=65_536,
-            description="Most MiB of unsent replies kept while the coordinator is unreachable; "
-            "256 is some hundred updates.",
+            ge=16,
+            le=1 << 20,
+            description="Most MiB of messages waiting in either direction; "
+            "must hold the largest model file twice while it arrives.",
         ),
-    ] = 256
+    ] = 4096
 
 
 class LinkSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from compression.int4 import WeightsError
+from compression.errors import WeightsError
 from compression.int4_torch import load_slm
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.measure import Stopwatch

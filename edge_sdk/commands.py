@@ -1,0 +1,180 @@
+"""`symbiont edge ...`: what an operator does on a device.
+
+Knows arguments and how results are printed. Does not know how anything is done; agent.py does.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from edge_sdk.config import EdgeConfig
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire.config_rules import parse_overrides, template
+
+Parsers = argparse._SubParsersAction  # argparse offers no public name for it
+
+
+def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
+    """Add `edge` and its commands to the command line."""
+    edge = subparsers.add_parser("edge", help="run this machine as a device")
+    commands = edge.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    init = _command(commands, "init", _init, "write a commented settings file")
+    init.add_argument("--broker", default="", help="mqtt://host:port or mqtts://host:port")
+
+    enrol = _command(commands, "enrol", _enrol, "join with a one-time code")
+    enrol.add_argument("code", nargs="?", default="", help='the code, or "-" to read it from stdin')
+    enrol.add_argument("--code-file", default="", help="file that holds the code")
+    enrol.add_argument("--timeout", type=float, default=60.0, help="seconds to wait (60)")
+
+    run = _command(commands, "run", _run, "work until interrupted")
+    run.add_argument("--events", action="store_true", help="print what happens as JSON lines")
+    run.add_argument("--enrol", default="", metavar="CODE_FILE", help="enrol first if need be")
+
+    ask = _command(commands, "ask", _ask, "put one question to this device's model")
+    ask.add_argument("text", help='the text, or "-" to read it from stdin')
+    ask.add_argument("--classify", action="store_true", help="answer with a label of the task")
+    ask.add_argument("--max-tokens", type=int, default=None, help="length of the answer")
+
+    _command(commands, "status", _status, "show what this device holds")
+    _command(commands, "explain", _explain, "show what would leave this device")
+
+
+def _command(
+    commands: "Parsers[argparse.ArgumentParser]", name: str, run: object, summary: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog="Any setting can be overridden: --set train.threads=2",
+    )
+    parser.add_argument("--config", default="edge.toml", help="settings file (edge.toml)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _config(arguments: argparse.Namespace) -> EdgeConfig:
+    overrides = parse_overrides([f"--{item}" for item in arguments.set])
+    return EdgeConfig.load(arguments.config, overrides)
+
+
+def _print(arguments: argparse.Namespace, found: dict[str, object]) -> None:
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}  {value}")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.config)
+    values = {"link.broker": arguments.broker} if arguments.broker else {}
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template(EdgeConfig, values))
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}; choose another name") from exc
+    EdgeConfig.load(path)
+    _print(arguments, {"written": str(path)})
+    return 0
+
+
+def _enrol(arguments: argparse.Namespace) -> int:
+    from edge_sdk.agent import EdgeDevice
+
+    code = _code(arguments.code, arguments.code_file)
+    with EdgeDevice(_config(arguments)) as device:
+        device.enrol(code, timeout_s=arguments.timeout)
+        member = device.membership
+        assert member is not None
+        _print(arguments, {"device": member.device, "tenant": member.tenant, "enrolled": True})
+    return 0
+
+
+def _code(given: str, file: str) -> str:
+    """The code from a file or stdin where possible: a command line is seen by other users."""
+    if file:
+        try:
+            return Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"cannot read the code file {file}: {exc}") from exc
+    if given == "-":
+        return sys.stdin.readline().strip()
+    if not given:
+        raise ConfigError("give the enrolment code, or --code-file")
+    return given
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from edge_sdk.agent import EdgeDevice
+
+    printing = threading.Lock()
+
+    def show(event: dict[str, object]) -> None:
+        with printing:
+            print(json.dumps(event), flush=True)
+
+    config = _config(arguments)
+    with EdgeDevice(config, on_event=show if arguments.events else None) as device:
+        member = device.membership
+        if arguments.enrol and not (member and member.complete):
+            device.enrol(_code("", arguments.enrol))
+        stop = threading.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: stop.set())
+        worker = device.run_in_background()
+        while worker.is_alive() and not stop.wait(0.2):
+            pass
+        if arguments.events:
+            show({"event": "status", **device.status()})
+    return 0
+
+
+def _ask(arguments: argparse.Namespace) -> int:
+    from edge_sdk.agent import EdgeDevice
+
+    text = sys.stdin.read() if arguments.text == "-" else arguments.text
+    with EdgeDevice(_config(arguments)) as device:
+        if arguments.classify:
+            answer = device.classify(text)
+        elif arguments.json:
+            answer = device.generate(text, max_tokens=arguments.max_tokens)
+        else:
+            for piece in device.stream(text, max_tokens=arguments.max_tokens):
+                print(piece, end="", flush=True)
+            print()
+            return 0
+        print(json.dumps({"answer": answer}) if arguments.json else answer)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from edge_sdk.agent import EdgeDevice
+
+    with EdgeDevice(_config(arguments)) as device:
+        _print(arguments, device.status())
+    return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from edge_sdk.agent import EdgeDevice
+
+    with EdgeDevice(_config(arguments)) as device:
+        rows = device.explain()
+    if arguments.json:
+        plain = [{name: getattr(row, name) for name in row.__struct_fields__} for row in rows]
+        print(json.dumps({"leaving": plain}))
+        return 0
+    print(f"{'message':14} {'field':14} {'bytes':>9}  {'state':9} {'content':18} sealed to")
+    for row in rows:
+        size = f"{row.bytes:9}" if row.state != "possible" else f"{'-':>9}"
+        sealed = f"{row.to} {row.key}".strip()
+        print(f"{row.message:14} {row.field:14} {size}  {row.state:9} {row.content:18} {sealed}")
+    return 0
