@@ -4,52 +4,33 @@ Does not know torch, messages, rounds or who learns when. Three kinds of codec s
 identity (float32, bit-exact), dead-zone (nothing learned: for the first rounds and as a fallback)
 and learned (a linear autoencoder per kind of factor before the same quantizer and range coder).
 
-Encoding, step by step:
-1. add what error feedback still owes                                    v = delta + e
-2. cut into blocks, divide each kind of factor by its RMS                x = v / rms
-3. latents by the learned encoder (numpy, or its ONNX graph)             z = x W
-4. choose the step, for the byte target if there is one; compare the outlook with the plain
-   dead-zone quantizer at equal bytes
-5. quantize with a dead zone, range-code class by class
-6. decode our own bytes, measure the cosine; a learned result below the plain quantizer's is thrown
-   away for it (the gate; the header's method says so)
-7. keep the remainder                                                    e' = v - decoded
+Encoding goes: add what error feedback still owes, code the sum (`coder.py`), keep the remainder.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from compression import codec_file, entropy, quantizer
+from compression import codec_file, quantizer
 from compression.basis import Basis, learn
 from compression.blocks import F32, Layout, Tensors
+from compression.coder import Coder, Draft, EncoderSession
 from compression.errors import CodecError
 from compression.feedback import FeedbackState
-from compression.header import Header, Method, bfloat16, decode_header, header_bytes
+from compression.header import Header, Method, decode_header, header_bytes
 
 __all__ = ["Compressor", "Encoded", "EncoderSession", "FeedbackState", "Layout", "Method"]
 
 STEP = 2.5
 """Step in RMS when no byte target is given; measured: 58 times fewer bytes at 98 % of progress."""
 
-GATE_MARGIN = 0.999
-"""A learned cosine may be this little below the plain quantizer's, which is an estimate."""
-
 F64 = npt.NDArray[np.float64]
-
-
-class EncoderSession(Protocol):
-    """What `onnxruntime.InferenceSession` offers that we use."""
-
-    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> Any:
-        """Return the outputs as a list of arrays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +116,17 @@ class Compressor:
                 below what the headers alone take.
         """
         state = state if state is not None else FeedbackState()
-        wanted = state.add_to(self.layout.pack(update), self.layout)  # step 1, float64
+        wanted = state.add_to(self.layout.pack(update), self.layout)  # float64
         if self.method is Method.IDENTITY:
             draft = self._identity_draft(wanted)
         else:
-            draft = self._coded_draft(wanted, bytes_target, session)
+            draft = self._coder.encode(wanted, self.step, bytes_target, session)
         if bytes_target and len(draft.data) > bytes_target:
             raise CodecError(
                 f"a target of {bytes_target} bytes is too low: {len(draft.data)} are the least"
             )
         if self.method is not Method.IDENTITY or not state.empty:
-            state.keep(wanted - draft.sent, self.layout)  # step 7
+            state.keep(wanted - draft.sent, self.layout)
         decoded = self.layout.unpack(draft.sent)
         return Encoded(draft.data, decoded, draft.cosine, _METHOD_NAMES[draft.method])
 
@@ -167,7 +148,7 @@ class Compressor:
         allowed = {Method.DEAD_ZONE, self.method} - {Method.IDENTITY}
         if self.method is Method.IDENTITY or header.method not in allowed:
             raise CodecError(f"this codec does not read codes of method {header.method.name}")
-        return self.layout.unpack(self._decode_blocks(header, body))
+        return self.layout.unpack(self._coder.decode(header, body))
 
     # --- identity and files -------------------------------------------------------------------
 
@@ -240,14 +221,16 @@ class Compressor:
     def _short_id(self) -> bytes:
         return bytes.fromhex(self.codec_id[:8])
 
-    def _header(self, method: Method, **fields: Any) -> Header:
-        return Header(method, self._short_id, self.layout.hash[:4], **fields)
+    @cached_property
+    def _coder(self) -> Coder:
+        return Coder(self.layout, self.basis, self._short_id)
 
-    def _identity_draft(self, wanted: F64) -> "_Draft":
+    def _identity_draft(self, wanted: F64) -> Draft:
         sent = wanted.astype(np.float32)
         parts = self.layout.unpack(sent).values()
         body = b"".join(value.astype("<f4").tobytes() for value in parts)
-        return _Draft(self._header(Method.IDENTITY).encode(body), Method.IDENTITY, sent, 1.0)
+        header = Header(Method.IDENTITY, self._short_id, self.layout.hash[:4])
+        return Draft(header.encode(body), Method.IDENTITY, sent, 1.0)
 
     def _decode_identity(self, body: bytes) -> dict[str, F32]:
         if len(body) != self.raw_bytes:
@@ -260,160 +243,9 @@ class Compressor:
         named = zip(self.layout.names, self.layout.shapes, pieces, strict=True)
         return {name: piece.reshape(shape) for name, shape, piece in named}
 
-    def _coded_draft(
-        self, wanted: F64, bytes_target: int, session: EncoderSession | None
-    ) -> "_Draft":
-        rms = tuple(self._rms(wanted[rows]) for rows in self.layout.kind_rows.values())
-        x = np.zeros(wanted.shape, np.float32)
-        for scale, rows in zip(rms, self.layout.kind_rows.values(), strict=True):
-            if scale > 0:
-                np.multiply(wanted[rows], 1 / scale, out=x[rows], casting="same_kind")  # step 2
-        plans = {Method.DEAD_ZONE: self._plan(Method.DEAD_ZONE, x, rms, wanted)}
-        if self.basis is not None:
-            z = self.basis.encode(x, self.layout) if session is None else _run(session, x)
-            plans[Method.LEARNED] = self._plan(Method.LEARNED, z, rms, wanted)  # step 3
-        first = plans.get(Method.LEARNED) or plans[Method.DEAD_ZONE]
-        room = 8.0 * (bytes_target - first.overhead) if bytes_target else 0.0
-        step = first.spectrum.step_for(room) if bytes_target else self.step
-        bits = first.spectrum.at(step).bits
-        plain = plans[Method.DEAD_ZONE]
-        plain_bits = max(bits + 8 * (first.overhead - plain.overhead), 0.0)
-        plain_step = plain.spectrum.step_for(plain_bits)
-        floor = plain.spectrum.at(plain_step).cosine * GATE_MARGIN
-        if first is not plain and first.spectrum.at(step).cosine >= floor:  # step 4
-            draft = self._within(first, step, rms, wanted, bytes_target)
-            if draft.cosine >= floor * GATE_MARGIN:  # step 6
-                return draft
-        return self._within(
-            plain, step if first is plain else plain_step, rms, wanted, bytes_target
-        )
-
-    def _rms(self, part: F64) -> float:
-        rms = math.sqrt(float(np.square(part).mean()))
-        if not math.isfinite(rms) or rms > 1e30:
-            raise CodecError(
-                f"an update of RMS {rms} is not worth sending; lower the learning rate"
-            )
-        return bfloat16(rms)
-
-    def _plan(self, method: Method, z: F32, rms: tuple[float, ...], wanted: F64) -> "_Plan":
-        groups = self._classes(method)
-        flat = z.reshape(-1)
-        values = [flat[group] for group in groups]
-        per_kind = len(groups) // len(rms)
-        energy = [scale**2 for scale in rms for _ in range(per_kind)]
-        total = float(np.square(wanted).sum())
-        overhead = header_bytes(len(rms)) + 2 * len(groups) + 4  # 4: the range coder's last word
-        return _Plan(method, values, quantizer.Spectrum(values, energy, total), overhead)
-
-    def _within(
-        self, plan: "_Plan", step: float, rms: tuple[float, ...], wanted: F64, target: int
-    ) -> "_Draft":
-        # The outlook is an estimate; what counts is the true length, so coarsen until it fits.
-        draft = self._quantized(plan, step, rms, wanted)
-        while target and len(draft.data) > target and step < quantizer.STEP_RANGE[1]:
-            step *= 1.02
-            draft = self._quantized(plan, step, rms, wanted)
-        return draft
-
-    def _quantized(
-        self, plan: "_Plan", step: float, rms: tuple[float, ...], wanted: F64
-    ) -> "_Draft":
-        step = bfloat16(step)
-        symbols = [quantizer.quantize(values, step) for values in plan.values]  # step 5
-        top = max(1, *(int(np.abs(part).max(initial=0)) for part in symbols))
-        models = [entropy.ClassModel.of(part) for part in symbols]
-        offsets = quantizer.centroids(plan.values, symbols, step)
-        header = self._header(plan.method, rms=rms, step=step, offsets=offsets, top=top)
-        body = bytes(code for model in models for code in (model.nonzero, model.fall))
-        body += entropy.encode(symbols, models, top)
-        sent = self._synthesise(header, symbols)
-        return _Draft(header.encode(body), plan.method, sent, _cosine(wanted, sent))
-
-    def _decode_blocks(self, header: Header, body: bytes) -> F32:
-        groups = self._classes(header.method)
-        start = 2 * len(groups)
-        if len(header.rms) != len(self.layout.kinds) or len(body) < start or header.top < 1:
-            raise CodecError("the codes are too short for their models")
-        models = [
-            entropy.ClassModel(*pair) for pair in zip(body[0:start:2], body[1:start:2], strict=True)
-        ]
-        sizes = [self._size(header.method, group) for group in groups]
-        symbols = entropy.decode(body[start:], sizes, models, header.top)
-        blocks = self._synthesise(header, symbols)
-        if not np.isfinite(blocks).all():
-            raise CodecError("the codes stand for values that are not finite")
-        return blocks
-
-    def _synthesise(self, header: Header, symbols: Sequence[entropy.I32]) -> F32:
-        groups = self._classes(header.method)
-        width = self._width(header.method)
-        z = np.empty(self.layout.rows * width, np.float32)
-        for group, part in zip(groups, symbols, strict=True):
-            z[group] = quantizer.dequantize(part, header.step, header.offsets)
-        blocks = z.reshape(-1, width)
-        if header.method is Method.LEARNED and self.basis is not None:
-            blocks = self.basis.decode(blocks, self.layout)
-        for scale, rows in zip(header.rms, self.layout.kind_rows.values(), strict=True):
-            blocks[rows] *= np.float32(scale)
-        self.layout.clear_padding(blocks)
-        return blocks
-
-    def _width(self, method: Method) -> int:
-        if method is Method.LEARNED and self.basis is not None:
-            return self.basis.width
-        return self.layout.block
-
-    def _classes(self, method: Method) -> "list[_Group]":
-        if method is Method.LEARNED:
-            return self._learned_classes
-        block = self.layout.block
-        spans = self.layout.kind_rows.values()
-        return [slice(rows.start * block, rows.stop * block) for rows in spans]
-
-    @cached_property
-    def _learned_classes(self) -> "list[_Group]":
-        return list(self.basis.classes(self.layout)) if self.basis is not None else []
-
-    def _size(self, method: Method, group: "_Group") -> int:
-        return group.stop - group.start if isinstance(group, slice) else group.size
-
-
-_Group = slice | npt.NDArray[np.intp]
 
 _METHOD_NAMES = {
     Method.IDENTITY: "identity",
     Method.DEAD_ZONE: "dead-zone",
     Method.LEARNED: "learned",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    method: Method
-    values: list[F32]
-    spectrum: quantizer.Spectrum
-    overhead: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    data: bytes
-    method: Method
-    sent: F32
-    cosine: float
-
-
-def _run(session: EncoderSession, x: F32) -> F32:
-    latents = np.asarray(session.run(["latents"], {"blocks": x})[0], np.float32)
-    if not np.isfinite(latents).all():
-        raise CodecError("the encoder's graph returned values that are not finite")
-    return latents
-
-
-def _cosine(wanted: F64, sent: F32) -> float:
-    given = sent.astype(np.float64)
-    norms = float(np.linalg.norm(wanted)) * float(np.linalg.norm(given))
-    if norms == 0.0:
-        return 1.0 if not wanted.any() and not sent.any() else 0.0
-    return min(1.0, max(-1.0, float(np.vdot(wanted, given)) / norms))
