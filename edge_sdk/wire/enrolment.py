@@ -126,9 +126,51 @@ class KeyBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=True
     root: Key
 
     @property
-    def keys(self) -> PublicIdentity:
+    def identity(self) -> PublicIdentity:
         """Return the keys to seal for, and to check signatures with."""
         return PublicIdentity(self.sign, self.receive)
+
+    @classmethod
+    def verify(
+        cls, data: bytes, root_hash: bytes, now_s: float, *, tenant: str = "", newer_than: int = 0
+    ) -> "KeyBundle":
+        """Return the bundle in `data` if it may be believed.
+
+        The checks, in order: size and shape, the root key's hash against the one in the enrolment
+        code, the signature, the tenant (unless empty), the version (not below `newer_than`), the
+        expiry, and that its receive key can be used at all.
+
+        Raises:
+            RemoteProtocolError: not a bundle.
+            EnrolmentError: a bundle of another root key or tenant, an older or an expired one.
+        """
+        if len(data) > MAX_BUNDLE_BYTES:
+            raise RemoteProtocolError(
+                f"a key bundle of {len(data)} bytes is over the limit of {MAX_BUNDLE_BYTES}"
+            )
+        try:
+            signed = msgspec.msgpack.decode(data, type=_SignedBundle)
+            bundle = msgspec.msgpack.decode(signed.body, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise RemoteProtocolError("not a key bundle") from exc
+        root = PublicIdentity(bundle.root, bundle.receive)
+        if not hmac.compare_digest(root_key_hash(root), root_hash):
+            raise EnrolmentError("the coordinator's keys are of another root than the code names")
+        try:
+            root.verify(_BUNDLE, signed.body, signed.signature)
+        except SealError as exc:
+            raise EnrolmentError("the coordinator's keys are not signed by their root key") from exc
+        if tenant and bundle.tenant != tenant:
+            raise EnrolmentError(f"these keys are for tenant {bundle.tenant}, not {tenant}")
+        if bundle.version < newer_than:
+            raise EnrolmentError(
+                f"the coordinator's keys are version {bundle.version}, older than {newer_than}; "
+                "wait for the current ones"
+            )
+        if now_s >= bundle.expires_s:
+            raise EnrolmentError("the coordinator's keys have expired; check the clock, then wait")
+        PublicIdentity.from_bytes(bundle.identity.to_bytes())
+        return bundle
 
 
 class _SignedBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -143,44 +185,3 @@ def sign_bundle(
     bundle = KeyBundle(version, tenant, keys.sign, keys.receive, expires_s, root.public.sign)
     body = msgspec.msgpack.encode(bundle)
     return msgspec.msgpack.encode(_SignedBundle(body, root.sign(_BUNDLE, body)))
-
-
-def verify_bundle(
-    data: bytes, *, root_hash: bytes, tenant: str, now_s: float, newer_than: int = 0
-) -> KeyBundle:
-    """Return the bundle in `data` if it may be believed.
-
-    The checks, in order: size and shape, the root key's hash against the one in the code, the
-    signature, the tenant, the version (not below `newer_than`), the expiry.
-
-    Raises:
-        RemoteProtocolError: not a bundle.
-        EnrolmentError: a bundle of another root key or tenant, an older one, or an expired one.
-    """
-    if len(data) > MAX_BUNDLE_BYTES:
-        raise RemoteProtocolError(
-            f"a key bundle of {len(data)} bytes is over the limit of {MAX_BUNDLE_BYTES}"
-        )
-    try:
-        signed = msgspec.msgpack.decode(data, type=_SignedBundle)
-        bundle = msgspec.msgpack.decode(signed.body, type=KeyBundle)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise RemoteProtocolError("not a key bundle") from exc
-    root = PublicIdentity(bundle.root, bundle.receive)
-    if not hmac.compare_digest(root_key_hash(root), root_hash):
-        raise EnrolmentError("the coordinator's keys are of another root than the code names")
-    try:
-        root.verify(_BUNDLE, signed.body, signed.signature)
-    except SealError as exc:
-        raise EnrolmentError("the coordinator's keys are not signed by their root key") from exc
-    if bundle.tenant != tenant:
-        raise EnrolmentError(f"the coordinator's keys are for tenant {bundle.tenant}, not {tenant}")
-    if bundle.version < newer_than:
-        raise EnrolmentError(
-            f"the coordinator's keys are version {bundle.version}, older than {newer_than}; "
-            "wait for the current ones"
-        )
-    if now_s >= bundle.expires_s:
-        raise EnrolmentError("the coordinator's keys have expired; check the clock, then wait")
-    PublicIdentity.from_bytes(bundle.sign + bundle.receive)  # a key nobody can seal to is no key
-    return bundle
