@@ -1,0 +1,312 @@
+"""CrossLM: small models judge what the large one writes; both get better, the data stay put.
+
+Knows the order of one round between devices, their twin and the LLM. Does not know transport,
+files, ONNX or how any of the parts it is given works.
+
+Deng, Qiao, Ren, Liu, Zhang: "Mutual Enhancement of Large and Small Language Models with Cross-Silo
+Knowledge Transfer" (CrossLM), arXiv 2312.05842, 2023; rebuilt from PAPERS.md 1 (b).
+
+    line 1   for each round:
+    line 2       each device k trains its small model w_k on D_k (and on S, weight mu)
+    line 3       the coordinator keeps the newest w_k of every device
+    line 4       y_i ~ U(labels);  x_i ~ p_theta( . | prompt(y_i)),  i = 1..N
+    line 5       s_i = mean_k p_{w_k}(y_i | x_i)
+    line 6       theta <- one pass of L_gen(s) + beta L_und(S) + lambda L_reg
+    line 7       S = {(x_i, y_i) : s_i >= tau}
+    line 8       S goes to the devices
+
+| paper | here |
+|---|---|
+| w_k | `twin.replicas[k]`: the family's base plus the device's decoded adapter |
+| theta, theta_0 | `llm` with its adapter on, and off |
+| D_k | the device's examples; no message can carry them |
+| S, tau | `Pool`, `CrossLMConfig.tau` |
+| beta, lambda, mu | `Update.beta`, `Update.reg`, `LocalTraining.synthetic_weight` |
+
+Differences from the paper: devices send encoded LoRA updates instead of weights, so w_k is the
+server's replica and line 5 costs no traffic (`score_on_devices` asks the devices instead); the
+updates are also averaged (as in fedavg.py), since all devices of a family share a shape; after line
+7 the averaged small model is distilled on S with soft labels of LLM and replicas and published,
+which the paper leaves to the devices; S is deduplicated and texts that name their own label are
+dropped (both inflate s); N and all weights are ours, the paper's were not found. The LLM sees no
+label but those it asked for itself, and `public_texts` only as the replicas label them.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.algorithms.fedavg import Package, mean_accuracy, measured, patiently
+from coordinator.distill import distil, synthetic_from_bytes, synthetic_to_bytes
+from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.llm import Llm, Update, Written
+from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply, Tell
+from coordinator.twin import Twin
+from edge_sdk.train.lora import from_bytes, to_bytes
+from edge_sdk.wire.messages import OfferData, Score, Scores, TextTask
+
+F32 = npt.NDArray[np.float32]
+
+MIN_WORDS = 3
+"""A generated request of fewer words says nothing that a label could be told from."""
+
+
+@dataclass(frozen=True, slots=True)
+class CrossLMConfig:
+    """One run of CrossLM.
+
+    Attributes:
+        rounds, need, within_s, retries: as in FedAvgConfig.
+        samples: N, texts written per round.
+        tau: least score of a text that enters S.
+        temperature, top_p, max_new_tokens: how the LLM samples.
+        pool: most texts S may hold; the best-scored stay.
+        llm_share: share of the LLM in the soft labels; the replicas have the rest.
+        distil_steps, distil_batch, distil_lr: the server's distillation; 0 steps leaves it out.
+        score_on_devices: line 5 by the devices themselves.
+        permute_feedback: the ablation of PAPERS.md 1 (f): scores are shuffled among the texts.
+        learn_codec: fit the learned codec on the first round's updates.
+    """
+
+    rounds: int = 3
+    need: int = 0
+    within_s: float = 120.0
+    retries: int = 1
+    samples: int = 128
+    tau: float = 0.5
+    temperature: float = 0.9
+    top_p: float = 0.95
+    max_new_tokens: int = 32
+    pool: int = 512
+    llm_share: float = 0.3
+    distil_steps: int = 30
+    distil_batch: int = 16
+    distil_lr: float = 1e-3
+    score_on_devices: bool = False
+    permute_feedback: bool = False
+    learn_codec: bool = True
+    training: LocalTraining = field(default_factory=LocalTraining)
+    update: Update = field(default_factory=Update)
+
+
+@dataclass(slots=True)
+class Pool:
+    """S: synthetic texts, their labels and scores."""
+
+    texts: list[str]
+    labels: list[str]
+    scores: list[float]
+
+    def add(self, texts: Sequence[str], labels: Sequence[str], scores: Sequence[float]) -> None:
+        """Take in more; a text already held keeps its place."""
+        held = {fingerprint(text) for text in self.texts}
+        for text, label, score in zip(texts, labels, scores, strict=True):
+            if fingerprint(text) not in held:
+                held.add(fingerprint(text))
+                self.texts.append(text)
+                self.labels.append(label)
+                self.scores.append(float(score))
+
+    def trim(self, size: int) -> None:
+        """Keep the `size` best-scored."""
+        order = sorted(range(len(self.texts)), key=lambda i: (-self.scores[i], self.texts[i]))
+        keep = sorted(order[:size])
+        self.texts = [self.texts[i] for i in keep]
+        self.labels = [self.labels[i] for i in keep]
+        self.scores = [self.scores[i] for i in keep]
+
+    def offer(self, version: int) -> OfferData:
+        """The message that brings S to a device."""
+        return OfferData(
+            task_id=f"data-{version}",
+            version=version,
+            texts=tuple(self.texts),
+            labels=tuple(self.labels),
+            weights=tuple(min(1.0, max(0.0, score)) for score in self.scores),
+        )
+
+
+def crosslm(
+    llm: Llm,
+    twin: Twin,
+    exchange: AdapterExchange,
+    cohort: tuple[str, ...],
+    cfg: CrossLMConfig,
+    *,
+    base: str,
+    package: Package,
+    package_model: Package | None = None,
+    public_texts: Sequence[str] = (),
+    measure: Callable[[], dict[str, float]] | None = None,
+    seed: int,
+    resume: Commit | None = None,
+) -> Program:
+    """Run CrossLM over the devices of `cohort`, whose bundle is release `base`.
+
+    `package` writes an adapter release; `package_model`, when given, writes the last round's
+    release as a whole new model with the adapter merged in. `measure` adds numbers to each Note.
+
+    Raises:
+        QuorumMissed: too few updates, `cfg.retries` times over.
+    """
+    pool = Pool([], [], [])
+    first = 0
+    if resume is not None:
+        exchange.restore(resume.state["exchange"])
+        llm.load(from_bytes(resume.state["llm"]))
+        pool = Pool(*synthetic_from_bytes(resume.state["pool"]))
+        first = resume.step + 1
+    twin.restore(exchange.factors, exchange.replicas)
+    task = llm.reader.task
+    for step in range(first, cfg.rounds):  # line 1
+        training = Ask(
+            exchange.start(step, base, cfg.training),
+            cohort,
+            need=cfg.need or len(cohort),
+            within_s=cfg.within_s,
+            check=exchange.check(),
+        )
+        replies = yield from patiently(training, cfg.retries)  # line 2
+        merged, changes = exchange.receive(replies)  # line 3
+        if cfg.learn_codec and step == 0:
+            exchange.learn_codec(changes)
+        twin.restore(exchange.factors, exchange.replicas)
+
+        rng = np.random.default_rng([seed, step])
+        written = llm.generate(  # line 4
+            uniform_labels(task, cfg.samples, rng),
+            seed=int(rng.integers(2**31)),
+            temperature=cfg.temperature,
+            top_p=cfg.top_p,
+            max_new_tokens=cfg.max_new_tokens,
+        )
+        scores = twin.score(written.texts, written.labels)  # line 5
+        if cfg.score_on_devices:
+            judged = Score(f"score-{step}", base, tuple(written.texts), tuple(written.labels))
+            verdicts = yield from measured(Ask(judged, cohort, len(cohort), cfg.within_s))
+            scores = mean_scores(verdicts, otherwise=scores)
+        feedback = rng.permutation(scores) if cfg.permute_feedback else scores
+        losses = llm.update(  # line 6
+            written,
+            feedback.tolist(),
+            cfg.update,
+            seed=int(rng.integers(2**31)),
+            understand=labelled_by_jury(twin, public_texts, cfg.tau),
+        )
+        chosen = worth_keeping(task, written, feedback, cfg.tau)  # line 7
+        pool.add(
+            [written.texts[i] for i in chosen],
+            [written.labels[i] for i in chosen],
+            [float(feedback[i]) for i in chosen],
+        )
+        pool.trim(cfg.pool)
+        distilled = _distil(llm, twin, pool, public_texts, cfg, seed=int(rng.integers(2**31)))
+        exchange.set_global(twin.factors)
+        if pool.texts:
+            yield Tell(pool.offer(step + 1), cohort)  # line 8
+
+        whole = package_model if step == cfg.rounds - 1 else None
+        name = f"{base}-distilled" if whole else f"{base}-crosslm-{step + 1}"
+        folder = (whole or package)(name, exchange.factors)
+        release = yield Publish(exchange.family, name, folder, base=None if whole else base)
+        reports = yield from measured(Ask(release.offer(), cohort, len(cohort), cfg.within_s))
+        yield Note(
+            {
+                "round": step,
+                "devices": len(replies),
+                "discarded": round(merged.discarded, 6),
+                "score": round(float(np.mean(scores)), 4),
+                "kept": len(chosen),
+                "pool": len(pool.texts),
+                "distinct": round(distinct(written.texts), 4),
+                "distil_loss": round(distilled, 4),
+                "accuracy": mean_accuracy(reports),
+                **{f"loss_{key}": round(value, 4) for key, value in losses.items()},
+                **(measure() if measure is not None else {}),
+            }
+        )
+        yield Commit(
+            step,
+            {
+                "exchange": exchange.state(),
+                "llm": to_bytes(llm.state()),
+                "pool": synthetic_to_bytes(pool.texts, pool.labels, pool.scores),
+            },
+        )
+        llm.load(from_bytes(to_bytes(llm.state())))  # so that a resumed run is the same run
+
+
+def uniform_labels(task: TextTask, n: int, rng: np.random.Generator) -> list[str]:
+    """y_i ~ U(labels), with every label as often as any other (give or take one), shuffled."""
+    order = [task.labels[i % len(task.labels)] for i in range(n)]
+    return [order[i] for i in rng.permutation(n)]
+
+
+def mean_scores(verdicts: tuple[Reply, ...], *, otherwise: F32) -> F32:
+    """Mean of the devices' scores, (n,); `otherwise` where no device gave as many as were asked."""
+    rows = [
+        reply.message.scores
+        for reply in verdicts
+        if isinstance(reply.message, Scores) and len(reply.message.scores) == len(otherwise)
+    ]
+    return np.mean(rows, axis=0).astype(np.float32) if rows else otherwise
+
+
+def labelled_by_jury(twin: Twin, texts: Sequence[str], tau: float) -> list[tuple[str, str]]:
+    """Unlabelled texts with the label the replicas agree on, where they are at least tau sure."""
+    if not texts:
+        return []
+    probs = twin.jury(texts)  # (n, labels)
+    labels = twin.reader.task.labels
+    sure = (probs.max(axis=1) >= tau).nonzero()[0]
+    return [(texts[i], labels[int(probs[i].argmax())]) for i in sure]
+
+
+def worth_keeping(task: TextTask, written: Written, scores: F32, tau: float) -> list[int]:
+    """Rows of `written` fit for S: scored at least tau, MIN_WORDS long, not a repetition, and not
+    naming the label they were asked for (such a text is judged by its label word alone)."""
+    words = dict(zip(task.labels, (word.strip().lower() for word in task.words), strict=True))
+    seen: set[str] = set()
+    rows = []
+    for i, (text, label) in enumerate(zip(written.texts, written.labels, strict=True)):
+        name = fingerprint(text)
+        said = re.findall(r"\w+", text.lower())
+        if scores[i] < tau or len(said) < MIN_WORDS or name in seen or words[label] in said:
+            continue
+        seen.add(name)
+        rows.append(i)
+    return rows
+
+
+def fingerprint(text: str) -> str:
+    """The text without case and spacing, hashed: equal for repetitions, unreadable in a log."""
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
+
+
+def distinct(texts: Sequence[str]) -> float:
+    """Share of different word pairs among all (distinct-2); low when the writer repeats itself."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def _distil(
+    llm: Llm, twin: Twin, pool: Pool, public: Sequence[str], cfg: CrossLMConfig, *, seed: int
+) -> float:
+    texts = [*pool.texts, *public]
+    if not texts or cfg.distil_steps == 0:
+        return 0.0
+    soft = cfg.llm_share * llm.probs(texts) + (1 - cfg.llm_share) * twin.jury(texts)
+    return distil(
+        twin,
+        texts,
+        soft.astype(np.float32),
+        steps=cfg.distil_steps,
+        batch=cfg.distil_batch,
+        lr=cfg.distil_lr,
+        seed=seed,
+        weights=[*pool.scores, *[1.0] * len(public)],
+    )

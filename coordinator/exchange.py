@@ -1,0 +1,230 @@
+"""The coordinator's half of federated LoRA: what each device was sent, and what comes back.
+
+Knows adapters, codecs by id and the `TrainAdapter`/`AdapterUpdate` pair. Does not know how messages
+travel, what the task is, or which algorithm asks.
+
+One `AdapterExchange` is the state that every federated-adapter program shares. It is rebuilt from
+the bytes of its last `state()`.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from compression.blocks import Layout as BlockLayout
+from compression.codec import Compressor
+from compression.errors import CodecError
+from coordinator.aggregate import Aggregate, Contribution, aggregate, check_factors
+from coordinator.programs import LATE_STEPS, Check, Reply, TaskFor
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.train.lora import (
+    Factors,
+    Layout,
+    LoraSpec,
+    add,
+    from_bytes,
+    start_factors,
+    to_bytes,
+    wire_exact,
+)
+from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, TrainAdapter
+
+logger = logging.getLogger(__name__)
+
+MIN_UPDATE_BYTES = 512
+"""No allowance is smaller: below this a codec's headers leave nothing for values."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalTraining:
+    """What each device does in a round: optimizer steps, batch, learning rate, mu of PAPERS.md 1.
+
+    ratio: the encoded update may take 1/ratio of its float32 size; 0 leaves the size to the
+    codec's own step. Adam's first steps move all values about equally far, so a fixed step of
+    some RMS would round a short training to nothing; an allowance adapts.
+    """
+
+    steps: int = 60
+    batch: int = 16
+    lr: float = 3e-3
+    synthetic_weight: float = 0.5
+    ratio: float = 16.0
+
+
+class _Held(msgspec.Struct):
+    codec: str
+    codecs: dict[str, bytes]
+    holders: dict[str, list[str]]
+    globals: dict[int, bytes]
+    replicas: dict[str, bytes]
+
+
+class AdapterExchange:
+    """Global factors, past global factors, codecs, and the newest factors of each device.
+
+    Attributes:
+        factors: the present global factors, exactly as float16 carries them.
+        replicas: device id -> start + decoded update, the newest of each device.
+    """
+
+    def __init__(self, family: str, layout: Layout, spec: LoraSpec, *, seed: int) -> None:
+        self.family, self.layout, self.spec, self.seed = family, layout, spec, seed
+        self.factors: Factors = start_factors(layout, seed)
+        self.replicas: dict[str, Factors] = {}
+        blocks = BlockLayout(tuple(layout), tuple(layout.values()))
+        self._codec = Compressor.deadzone(blocks)
+        self._codecs = {self._codec.codec_id: self._codec}
+        self._holders: dict[str, set[str]] = {}
+        self._globals: dict[int, Factors] = {}
+
+    @property
+    def codec(self) -> Compressor:
+        """The codec that the next round asks for."""
+        return self._codec
+
+    def use_codec(self, codec: Compressor) -> None:
+        """Ask for `codec` from now on; each device gets it once, with its next task."""
+        self._codec = codec
+        self._codecs[codec.codec_id] = codec
+
+    def learn_codec(self, changes: Sequence[Factors]) -> None:
+        """Fit the learned codec on decoded updates and ask for it from now on.
+
+        When there is nothing to learn from (no update moved) the present codec stays.
+        """
+        try:
+            self.use_codec(Compressor.fit(list(changes), layout=self._codec.layout))
+        except CodecError as exc:
+            logger.warning("the codec stays as it is: %s", exc)
+
+    def start(self, step: int, release: str, training: LocalTraining) -> TaskFor:
+        """Open round `step` on top of `release` and return the task of each device."""
+        self._globals[step] = self.factors
+        for old in [s for s in self._globals if s < step - LATE_STEPS]:
+            del self._globals[old]
+        blob, codec = to_bytes(self.factors), self._codec
+        packed = codec.to_bytes()
+        target = 0
+        if training.ratio > 0:
+            target = max(MIN_UPDATE_BYTES, int(codec.raw_bytes / training.ratio))
+        holders = frozenset(self._holders.get(codec.codec_id, ()))
+
+        def task(device: str) -> AnyMessage:
+            return TrainAdapter(
+                task_id=f"train-{step}",
+                round=step,
+                family=self.family,
+                release=release,
+                adapter=blob,
+                adapter_seed=self.seed,
+                rank=self.spec.rank,
+                alpha=self.spec.alpha,
+                targets=self.spec.targets,
+                codec_id=codec.codec_id,
+                codec=b"" if device in holders else packed,
+                steps=training.steps,
+                batch=training.batch,
+                lr=training.lr,
+                synthetic_weight=training.synthetic_weight,
+                bytes_target=target,
+                seed=self.seed + step,
+            )
+
+        return task
+
+    def check(self) -> Check:
+        """Looks at one update: known codec and round, right shapes, finite values.
+
+        The check raises RemoteProtocolError or CodecError.
+        """
+
+        def check(device: str, message: AnyMessage) -> None:
+            if isinstance(message, AdapterUpdate):
+                self.decode(device, message)
+
+        return check
+
+    def decode(self, device: str, update: AdapterUpdate) -> Factors:
+        """The decoded change that `device` sent.
+
+        Raises:
+            RemoteProtocolError: unknown round or codec, or factors that do not fit.
+            CodecError: the codes are malformed.
+        """
+        if update.round not in self._globals:
+            raise RemoteProtocolError(
+                f"device {device} answers round {update.round}, which is not open; "
+                f"open are {sorted(self._globals)}"
+            )
+        codec = self._codecs.get(update.codec_id)
+        if codec is None:
+            raise RemoteProtocolError(f"device {device} used codec {update.codec_id!r}, never sent")
+        change: Factors = codec.decode(update.codes)
+        check_factors(device, change, self.factors)
+        return change
+
+    def receive(self, replies: Sequence[Reply]) -> tuple[Aggregate, list[Factors]]:
+        """Take in a round's updates: new global factors, replicas, and the decoded changes.
+
+        Replies are used in order of device id and round, so their order of arrival does not count.
+
+        Raises:
+            RemoteProtocolError: see `decode`.
+        """
+        contributions: list[Contribution] = []
+        changes: list[Factors] = []
+        updates = [(r.device, r.message, r.staleness) for r in replies]
+        for device, message, staleness in sorted(updates, key=_device_and_round):
+            assert isinstance(message, AdapterUpdate), "the runner delivers the reply of the task"
+            change = self.decode(device, message)
+            base = self._globals[message.round]
+            factors = add(base, change)
+            changes.append(change)
+            self.replicas[device] = wire_exact(factors)
+            self._holders.setdefault(message.codec_id, set()).add(device)
+            fresh = base is self.factors
+            contributions.append(
+                Contribution(device, factors, message.examples, staleness, None if fresh else base)
+            )
+        result = aggregate(self.factors, contributions)
+        self.set_global(result.factors)
+        logger.info(
+            "aggregated %d updates: %.1f %% of energy beyond the rank, %d clipped",
+            len(contributions),
+            100 * result.discarded,
+            len(result.clipped),
+        )
+        return result, changes
+
+    def set_global(self, factors: Factors) -> None:
+        """Replace the global factors by what float16 makes of `factors`."""
+        self.factors = wire_exact(factors)
+
+    def state(self) -> bytes:
+        """Everything above as bytes."""
+        return msgspec.msgpack.encode(
+            _Held(
+                codec=self._codec.codec_id,
+                codecs={name: codec.to_bytes() for name, codec in self._codecs.items()},
+                holders={name: sorted(devices) for name, devices in self._holders.items()},
+                globals={-1: to_bytes(self.factors)}
+                | {step: to_bytes(factors) for step, factors in self._globals.items()},
+                replicas={name: to_bytes(factors) for name, factors in self.replicas.items()},
+            )
+        )
+
+    def restore(self, data: bytes) -> None:
+        """Take up what `state` returned."""
+        held = msgspec.msgpack.decode(data, type=_Held)
+        self._codecs = {name: Compressor.from_bytes(blob) for name, blob in held.codecs.items()}
+        self._codec = self._codecs[held.codec]
+        self._holders = {name: set(devices) for name, devices in held.holders.items()}
+        self._globals = {step: from_bytes(blob) for step, blob in held.globals.items()}
+        self.factors = self._globals.pop(-1)
+        self.replicas = {name: from_bytes(blob) for name, blob in held.replicas.items()}
+
+
+def _device_and_round(update: tuple[str, AnyMessage, int]) -> tuple[str, int]:
+    return update[0], getattr(update[1], "round", 0)
