@@ -53,7 +53,7 @@ from edge_sdk.models import ModelStore, child_probe
 from edge_sdk.store.keys import load_or_create
 from edge_sdk.store.mailbox import Letter, Mailbox
 from edge_sdk.tasks import Event, Handled, TaskDesk
-from edge_sdk.wire.enrolment import EnrolmentCode, KeyBundle, verify_bundle
+from edge_sdk.wire.enrolment import EnrolmentCode, KeyBundle
 from edge_sdk.wire.messages import Enrol, Enrolled, TextTask, decode, encode
 from edge_sdk.wire.seal import PublicIdentity
 
@@ -539,17 +539,13 @@ class EdgeDevice:
         member = self.membership
         if member is None:
             return None
-        return verify_bundle(
-            data,
-            root_hash=member.root_key_hash,
-            tenant=member.tenant,
-            now_s=self._now(),
-            newer_than=newer_than,
+        return KeyBundle.verify(
+            data, member.root_key_hash, self._now(), tenant=member.tenant, newer_than=newer_than
         )
 
     def _coordinator(self) -> PublicIdentity | None:
         bundle = self._bundle()
-        return bundle.keys if bundle else None
+        return bundle.identity if bundle else None
 
     def _lookup(self, peer: str) -> PublicIdentity | None:
         return self._coordinator() if peer == COORDINATOR else None
