@@ -23,7 +23,25 @@ from edge_sdk.wire.manifest import (
     decode_manifest,
     encode_manifest,
 )
+from edge_sdk.wire.messages import Name
 from exporters.adapter import write_adapter
+
+
+def check_names(*names: str) -> None:
+    """Check that family and release names can be published.
+
+    Raises:
+        ExportError: a name has other characters than letters, digits, ".", "_" and "-", begins
+            with a sign, or is longer than 128.
+    """
+    for name in names:
+        try:
+            msgspec.convert(name, Name)
+        except msgspec.ValidationError as exc:
+            raise ExportError(
+                f"{name!r} is not a name for a family or release: use 1 to 128 letters, digits, "
+                '".", "_" and "-", beginning with a letter or digit'
+            ) from exc
 
 
 def file_entries(folder: Path) -> dict[str, FileEntry]:
@@ -90,12 +108,14 @@ def write_adapter_release(
     `out` is created and must not exist; `factors` are those of `write_adapter`.
 
     Raises:
-        ExportError: `base` is itself an adapter, `out` exists, or the factors do not fit `base`.
+        ExportError: `base` is itself an adapter, `out` exists, `release` is no fit name, or the
+            factors do not fit `base`.
     """
     if base.kind == "adapter" or not base.adapter_slots:
         raise ExportError(
             f"{base.family}/{base.release} has no adapter slots; name a whole release"
         )
+    check_names(release)
     try:
         out.mkdir(parents=True)
     except FileExistsError as exc:

@@ -67,11 +67,15 @@ def check_parity(
     """
     import torch
 
+    from compression.errors import WeightsError
     from compression.int4_torch import load_slm
 
     limits = limits or ParityLimits()
     batches = tokenize(bundle_dir, texts or DEFAULT_TEXT)
-    model = load_slm(bundle_dir, memory_mb=None, dtype=torch.float32)
+    try:
+        model = load_slm(bundle_dir, memory_mb=None, dtype=torch.float32)
+    except WeightsError as exc:
+        raise ExportError(f"torch cannot be built from the exported weights: {exc}") from exc
     session = open_session(bundle_dir)
     errors, norms, same, positions = 0.0, 0.0, 0, 0
     for ids in batches:

@@ -28,7 +28,7 @@ import onnx
 from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, encode_manifest
 from edge_sdk.wire.messages import TextTask
-from exporters.bundle import file_entries
+from exporters.bundle import check_names, file_entries
 from exporters.lora_inputs import add_lora_inputs
 from exporters.parity import ParityLimits, check_parity
 from exporters.weights_index import layer_linears, write_index
@@ -102,6 +102,7 @@ def export_slm(
             disagrees with torch.
     """
     model_dir, out, options = Path(model_dir), Path(out), options or SlmOptions()
+    check_names(family, release)
     config = _read_config(model_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another or remove it")
