@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from compression import codec_file, quantizer
+from compression import codec_file
 from compression.basis import Basis, learn
 from compression.blocks import F32, Layout, Tensors
 from compression.coder import Coder, Draft, EncoderSession
@@ -27,8 +27,11 @@ from compression.header import Header, Method, decode_header, header_bytes
 
 __all__ = ["Compressor", "Encoded", "EncoderSession", "FeedbackState", "Layout", "Method"]
 
-STEP = 2.5
-"""Step in RMS when no byte target is given; measured: 58 times fewer bytes at 98 % of progress."""
+RATIO = 50.0
+"""Times fewer bytes than float32 when no byte target is given; README.md says what it costs."""
+
+LEAST_BYTES = 256
+"""Without a byte target, a small adapter gets this much even where the ratio says less."""
 
 F64 = npt.NDArray[np.float64]
 
@@ -51,13 +54,13 @@ class Compressor:
     """An immutable codec for one layout of tensors; `codec_id` names its exact content."""
 
     def __init__(
-        self, layout: Layout, method: Method, *, basis: Basis | None = None, step: float = STEP
+        self, layout: Layout, method: Method, *, basis: Basis | None = None, ratio: float = RATIO
     ) -> None:
         if (method is Method.LEARNED) != (basis is not None):
             raise CodecError("a learned codec needs its basis, any other has none")
-        if not quantizer.STEP_RANGE[0] <= step <= quantizer.STEP_RANGE[1]:
-            raise CodecError(f"step {step} is not in {quantizer.STEP_RANGE} (RMS)")
-        self.layout, self.method, self.basis, self.step = layout, method, basis, step
+        if not 1.0 <= ratio <= 1e6:
+            raise CodecError(f"ratio {ratio} is not in 1..1000000")
+        self.layout, self.method, self.basis, self.ratio = layout, method, basis, float(ratio)
 
     # --- making one ---------------------------------------------------------------------------
 
@@ -67,9 +70,9 @@ class Compressor:
         return cls(layout, Method.IDENTITY)
 
     @classmethod
-    def deadzone(cls, layout: Layout, *, step: float = STEP) -> "Compressor":
+    def deadzone(cls, layout: Layout, *, ratio: float = RATIO) -> "Compressor":
         """The plain dead-zone quantizer with range coding: nothing to learn, nothing to send."""
-        return cls(layout, Method.DEAD_ZONE, step=step)
+        return cls(layout, Method.DEAD_ZONE, ratio=ratio)
 
     @classmethod
     def fit(
@@ -78,7 +81,7 @@ class Compressor:
         *,
         layout: Layout | None = None,
         width: int | None = None,
-        step: float = STEP,
+        ratio: float = RATIO,
         encoders: Mapping[str, npt.NDArray[np.floating]] | None = None,
     ) -> "Compressor":
         """Learn a codec from earlier (decoded) updates, all of one layout.
@@ -94,7 +97,7 @@ class Compressor:
             raise CodecError("a codec needs at least one update to learn from")
         layout = layout or Layout.of(updates[0])
         basis = learn(updates, layout, width=width or layout.block, encoders=encoders)
-        return cls(layout, Method.LEARNED, basis=basis, step=step)
+        return cls(layout, Method.LEARNED, basis=basis, ratio=ratio)
 
     # --- encode and decode --------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Compressor:
     ) -> Encoded:
         """Encode an update; `state` gives and receives the error feedback.
 
-        `bytes_target` is the allowance for `Encoded.data` (0: the codec's own step). `session` runs
+        `bytes_target` is the allowance for `Encoded.data` (0: the codec's `ratio`). `session` runs
         the graph of `encoder_onnx`; without it numpy does the same. An error leaves `state` alone.
 
         Raises:
@@ -120,7 +123,7 @@ class Compressor:
         if self.method is Method.IDENTITY:
             draft = self._identity_draft(wanted)
         else:
-            draft = self._coder.encode(wanted, self.step, bytes_target, session)
+            draft = self._coder.encode(wanted, bytes_target or self._allowance, session)
         if bytes_target and len(draft.data) > bytes_target:
             raise CodecError(
                 f"a target of {bytes_target} bytes is too low: {len(draft.data)} are the least"
@@ -169,7 +172,7 @@ class Compressor:
 
     def to_bytes(self) -> bytes:
         """The codec as one safetensors blob."""
-        return codec_file.dump(self.layout, int(self.method), self.step, self.basis)
+        return codec_file.dump(self.layout, int(self.method), self.ratio, self.basis)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Compressor":
@@ -178,10 +181,10 @@ class Compressor:
         Raises:
             CodecError: not a codec file of this format.
         """
-        layout, method, step, basis = codec_file.parse(data)
+        layout, method, ratio, basis = codec_file.parse(data)
         if method not in tuple(Method):
             raise CodecError(f"codec method {method} is not known")
-        return cls(layout, Method(method), basis=basis, step=step)
+        return cls(layout, Method(method), basis=basis, ratio=ratio)
 
     def save_pretrained(self, folder: Path | str) -> Path:
         """Write `codec.safetensors` into the folder (made if missing); return the file's path."""
@@ -224,6 +227,10 @@ class Compressor:
     @cached_property
     def _coder(self) -> Coder:
         return Coder(self.layout, self.basis, self._short_id)
+
+    @property
+    def _allowance(self) -> int:
+        return max(int(self.raw_bytes / self.ratio), LEAST_BYTES)
 
     def _identity_draft(self, wanted: F64) -> Draft:
         sent = wanted.astype(np.float32)

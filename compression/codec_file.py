@@ -23,12 +23,12 @@ _OPSET = 17
 _IR_VERSION = 10  # the newest that ONNX Runtime 1.22, our oldest, reads
 
 
-def dump(layout: Layout, method: int, step: float, basis: Basis | None) -> bytes:
+def dump(layout: Layout, method: int, ratio: float, basis: Basis | None) -> bytes:
     """Return the codec as bytes; equal codecs give equal bytes."""
     record = {
         "format": FORMAT,
         "method": method,
-        "step": step,
+        "ratio": ratio,
         "block": layout.block,
         "names": layout.names,
         "shapes": layout.shapes,
@@ -44,7 +44,7 @@ def dump(layout: Layout, method: int, step: float, basis: Basis | None) -> bytes
 
 
 def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
-    """Return layout, method, step and basis of a codec file.
+    """Return layout, method, ratio and basis of a codec file.
 
     Raises:
         CodecError: not a codec file, over a limit, or inconsistent.
@@ -57,18 +57,18 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
         if record["format"] != FORMAT:
             raise CodecError(f"codec format {record['format']!r}; this version reads {FORMAT}")
         names, shapes = tuple(record["names"]), tuple(tuple(shape) for shape in record["shapes"])
-        method, step, block = record["method"], record["step"], record["block"]
+        method, ratio, block = record["method"], record["ratio"], record["block"]
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as exc:
         if isinstance(exc, CodecError):
             raise
         raise CodecError(f"not a codec file: {exc}") from exc
     sizes_ok = all(isinstance(n, int) for shape in shapes for n in shape)
     names_ok = len(names) <= MAX_TENSORS and all(isinstance(name, str) for name in names)
-    numbers_ok = isinstance(method, int) and isinstance(step, float) and isinstance(block, int)
+    numbers_ok = isinstance(method, int) and isinstance(ratio, float) and isinstance(block, int)
     if not (sizes_ok and names_ok and numbers_ok):
         raise CodecError("not a codec file: a field has the wrong type")
     layout = Layout(names, shapes, block)
-    return layout, method, step, _basis(tensors, layout) if "tensor_levels" in tensors else None
+    return layout, method, ratio, _basis(tensors, layout) if "tensor_levels" in tensors else None
 
 
 def record_of(data: bytes) -> str:

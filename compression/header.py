@@ -2,9 +2,9 @@
 
 Little-endian: magic "SyC1", method (1 byte), number of kinds (1), codec id (4), layout hash (4),
 bytes that follow the header (4), CRC-32 of everything but itself (4), step (2), offsets (2), top
-magnitude (2), then per kind its RMS (2). Step and RMS are bfloat16: eight bits of precision are
-enough for a scale that both sides read back, and the range is float32's. The checksum finds damage
-and mistakes; against an adversary the message around it is sealed.
+magnitude (2), then per kind its RMS (2). The step is a float16, for the rate is steep in it. An RMS
+is a bfloat16: eight bits are enough for a scale that both sides read back; its range is float32's.
+The checksum finds damage and mistakes; against an adversary the message around it is sealed.
 """
 
 import math
@@ -19,7 +19,7 @@ from compression.errors import CodecError
 MAGIC = b"SyC1"
 """Format and its version; a change of meaning changes the digit."""
 
-_FIXED = struct.Struct("<4sBB4s4sIIHBBH")
+_FIXED = struct.Struct("<4sBB4s4sIIeBBH")
 _CRC_AT = 18
 
 
@@ -33,7 +33,7 @@ class Method(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The fields above; `step` and `rms` must already be rounded by `bfloat16`."""
+    """The fields above; `step` must be a float16, each `rms` a bfloat16."""
 
     method: Method
     codec: bytes
@@ -51,7 +51,7 @@ class Header:
         """The header and the body that follows it."""
         fixed = _FIXED.pack(
             MAGIC, self.method, len(self.rms), self.codec, self.layout, len(body), 0,
-            _to_code(self.step), *self.offsets, self.top,
+            self.step, *self.offsets, self.top,
         )  # fmt: skip
         data = fixed + struct.pack(f"<{len(self.rms)}H", *map(_to_code, self.rms)) + body
         return data[:_CRC_AT] + struct.pack("<I", _checksum(data)) + data[_CRC_AT + 4 :]
@@ -79,7 +79,7 @@ def decode_header(data: bytes) -> tuple[Header, bytes]:
     if _checksum(data) != crc:
         raise CodecError("the codes are damaged (checksum); ask for them again")
     rms = tuple(map(_from_code, struct.unpack_from(f"<{kinds}H", data, _FIXED.size)))
-    header = Header(Method(method), codec, layout, rms, _from_code(step), (low, high), top)
+    header = Header(Method(method), codec, layout, rms, step, (low, high), top)
     if not all(math.isfinite(x) and x >= 0 for x in (header.step, *rms)):
         raise CodecError("a scale of the codes is negative or not finite")
     if top > MAX_MAGNITUDE:
