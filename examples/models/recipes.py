@@ -1,0 +1,71 @@
+"""What the example models are: their sizes, how long they train, how an untrained one is built.
+
+Knows nothing about text.
+"""
+
+from dataclasses import dataclass
+
+import transformers
+
+SEED = 20261121
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that decides one model's weights, beside the corpus."""
+
+    name: str
+    family: str  # "llama", "qwen3" or "bert"
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+    vocabulary: int
+    context: int
+    steps: int
+    lr: float
+    length: int = 256  # tokens per training window
+    windows: int = 8  # per step
+    micro: int = 8  # windows per backward pass: what fits the processor's cache
+    seed: int = SEED
+
+
+# Every size is divisible by 32, so that the int4 export needs no padding of its blocks.
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("llm", "llama", 320, 8, 5, 864, 8192, 512, steps=4000, lr=1.0e-3, micro=2),
+        Recipe("slm-a", "llama", 192, 4, 3, 512, 8192, 512, steps=5000, lr=2.0e-3),
+        Recipe("slm-b", "qwen3", 192, 5, 3, 512, 4096, 512, steps=4000, lr=2.0e-3),
+        Recipe("slm-c", "bert", 192, 4, 3, 768, 8192, 512, steps=4000, lr=1.0e-3),
+    )
+}
+
+
+def build(recipe: Recipe) -> transformers.PreTrainedModel:
+    """The untrained model; its weights come from torch's current random state."""
+    shared = {
+        "hidden_size": recipe.width,
+        "num_hidden_layers": recipe.layers,
+        "num_attention_heads": recipe.heads,
+        "intermediate_size": recipe.feed_forward,
+        "vocab_size": recipe.vocabulary,
+        "max_position_embeddings": recipe.context,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+    }
+    decoder = {
+        "num_key_value_heads": recipe.heads,
+        "head_dim": recipe.width // recipe.heads,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if recipe.family == "llama":
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shared, **decoder))
+    if recipe.family == "qwen3":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shared, **decoder))
+    # Without dropout: ten million tokens leave nothing to over-fit on.
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**shared, **quiet))
