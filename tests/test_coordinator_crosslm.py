@@ -28,12 +28,12 @@ from edge_sdk.wire.messages import OfferData, Score
 
 CFG = CrossLMConfig(
     rounds=2,
-    samples=48,
+    samples=24,
     tau=0.4,
-    distil_steps=5,
+    distil_steps=3,
     distil_lr=5e-3,
-    training=LocalTraining(steps=15, lr=2e-2, batch=16),
-    update=Update(steps=6, lr=1e-2, tau=0.4),
+    training=LocalTraining(steps=5, lr=2e-2, batch=8),
+    update=Update(steps=3, lr=1e-2, tau=0.4, batch=8),
 )
 PUBLIC = [text for text, _ in examples(60, seed=55)]
 
@@ -146,8 +146,8 @@ def test_small_and_large_model_both_gain(home):
     before = world.llm.accuracy(texts, labels), world.twin.accuracy(texts, labels)
     cfg = dataclasses.replace(
         CFG,
-        training=LocalTraining(steps=40, lr=2e-2, batch=16),
-        update=Update(steps=30, lr=2e-2, tau=0.4, reg=0.1),
+        training=LocalTraining(steps=30, lr=2e-2, batch=16),
+        update=Update(steps=25, lr=2e-2, tau=0.4, reg=0.1),
     )
 
     drive(world.program(cfg, public_texts=PUBLIC), devices, world.log)

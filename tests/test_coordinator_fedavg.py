@@ -1,5 +1,7 @@
 """FedAvg as a program: rounds by plain send, resume, lost quorum, order of arrival, bad updates."""
 
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from edge_sdk.train.lora import Adapter, from_bytes
 from edge_sdk.wire.messages import OfferModel, TrainAdapter
 
 LAYOUT = Adapter(model(), SPEC).layout
-CFG = FedAvgConfig(rounds=3, training=LocalTraining(steps=12, lr=2e-2, batch=16))
+CFG = FedAvgConfig(rounds=2, training=LocalTraining(steps=6, lr=2e-2, batch=8))
 
 
 @pytest.fixture(autouse=True)
@@ -38,15 +40,15 @@ def train_asks(log):
     return [a for a in log.of(Ask) if isinstance(a.message(COHORT[0]), TrainAdapter)]
 
 
-def test_rounds_train_publish_measure_and_commit_and_accuracy_rises(tmp_path):
+def test_rounds_train_publish_measure_and_commit(tmp_path):
     state, log = exchange(), Log()
 
     last = drive(program(state, tmp_path), fleet(), log)
 
     kinds = [type(request).__name__ for request in log]
-    assert kinds == ["Ask", "Publish", "Ask", "Note", "Commit"] * 3
-    assert last.step == 2
-    assert [p.release for p in log.of(Publish)] == [f"base-1-fedavg-{i}" for i in (1, 2, 3)]
+    assert kinds == ["Ask", "Publish", "Ask", "Note", "Commit"] * 2
+    assert last.step == 1
+    assert [p.release for p in log.of(Publish)] == [f"base-1-fedavg-{i}" for i in (1, 2)]
     assert all(p.base == "base-1" for p in log.of(Publish))
     assert log.of(Note)[0].values["devices"] == 3
     assert isinstance(log.of(Ask)[1].message("dev-a"), OfferModel)
@@ -59,7 +61,7 @@ def test_the_codec_travels_once_and_is_the_learned_one_after_the_first_round(tmp
         original = devices[name].train
         devices[name].train = lambda task, f=original: sent.append(task) or f(task)
 
-    drive(program(state, tmp_path), devices, log)
+    drive(program(state, tmp_path, cfg=replace(CFG, rounds=3)), devices, log)
 
     ids = [task.codec_id for task in sent]
     assert len(set(ids[:3])) == 1
@@ -79,7 +81,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     again, log = exchange(), Log()
     drive(program(again, tmp_path, resume=stored), devices, log)
 
-    assert len(log.of(Commit)) == 2
+    assert len(log.of(Commit)) == 1
     assert all(np.array_equal(again.factors[k], v) for k, v in whole.factors.items())
 
 
