@@ -22,7 +22,7 @@ from edge_sdk.link.sending import Progress
 from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import AnyMessage, Enrol, File, Refused, decode
 from edge_sdk.wire.seal import Identity, PublicIdentity
-from edge_sdk.wire.transfer import Chunk, Done, decode_frame
+from edge_sdk.wire.transfer import Chunk, Done, Want, decode_frame, encode_frame
 
 TENANT = "home"
 NOW_S = 1_800_000_000.0
@@ -211,14 +211,15 @@ def test_an_absent_device_costs_little_and_delays_nobody(town: Town) -> None:
 
 def test_the_coordinators_restart_loses_nothing(town: Town) -> None:
     kitchen = town.add("kitchen").open()
-    kitchen.courier.send("coordinator", file("t", 2_000_000), task="t")
-    town.run(lambda: town.broker.delivered > 20)
+    kitchen.courier.send("coordinator", file("t", 5_000_000), task="t")
+    town.run(lambda: town.coordinator.courier.bytes_of("kitchen")[0] > 2_500_000)
 
     town.coordinator.die()
     town.coordinator.open()
     town.settle()
 
-    assert town.coordinator.letters() == [file("t", 2_000_000)]
+    assert town.coordinator.letters() == [file("t", 5_000_000)]
+    assert town.coordinator.courier.bytes_of("kitchen")[0] < 3_600_000  # the rest, not all
 
 
 def test_a_device_that_restarts_in_mid_upload_resumes(town: Town) -> None:
@@ -251,11 +252,12 @@ def test_one_delivery_when_every_done_is_lost_for_a_while(town: Town) -> None:
             deliver(topic, payload)
 
     kitchen.link.receive = without_done
-    kitchen.courier.send("coordinator", refused("t"), task="t")
+    kitchen.courier.send("coordinator", file("t", 300_000), task="t")
     town.settle()
 
     assert len(kept) == 3
-    assert town.coordinator.letters() == [refused("t")]
+    assert town.coordinator.letters() == [file("t", 300_000)]
+    assert kitchen.courier.bytes_up["File"] < 310_000  # asked for again, not sent again
 
 
 # --- the order of trust -------------------------------------------------------------------------
@@ -320,6 +322,20 @@ def test_a_device_cannot_send_as_another(town: Town) -> None:
 
     assert town.coordinator.letters() == []
     assert len(garage.mailbox.parked()) == 1
+
+
+def test_a_device_has_no_say_in_the_transfers_of_another(town: Town) -> None:
+    kitchen = town.add("kitchen").open()
+    garage = town.add("garage").open()
+    kitchen.link.cut()
+    stream = town.coordinator.courier.send("kitchen", file("t", 300_000), task="t")
+    town.turn()
+    before = town.coordinator.courier.bytes_of("kitchen")
+
+    garage.link.publish("v1/home/garage/up", encode_frame(Want(stream, frozenset({0, 1}))))
+    town.turn()
+
+    assert town.coordinator.courier.bytes_of("kitchen") == before
 
 
 def test_a_second_message_of_a_kind_for_a_task_is_refused(town: Town) -> None:

@@ -28,7 +28,7 @@ from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver
 from edge_sdk.link.sending import Progress, Sender
 from edge_sdk.store.mailbox import Mailbox
-from edge_sdk.wire.messages import AnyMessage, encode
+from edge_sdk.wire.messages import AnyMessage, Enrol, encode
 from edge_sdk.wire.seal import Identity, PublicIdentity
 from edge_sdk.wire.transfer import WINDOW_BYTES, Chunk, Offer, decode_frame
 
@@ -213,6 +213,22 @@ class Courier:
         if item.kind == "Enrol":
             raise EnrolmentError(item.parked)
         raise RemoteProtocolError(f"{item.to} refused the {item.kind}: {item.parked}")
+
+    def enrol(self, message: Enrol, *, timeout_s: float) -> None:
+        """Send our keys and secret, and return once the coordinator has taken us in.
+
+        May be called again after a LinkError, also in another process: the same Enrol goes on.
+
+        Raises:
+            EnrolmentError: the coordinator refused; the message says why.
+            LinkError: no answer in time.
+        """
+        waiting = map(self.mailbox.posted, self.mailbox.pending(COORDINATOR))
+        same = [
+            item.stream for item in waiting if item is not None and item.message == encode(message)
+        ]
+        stream = same[0] if same else self.send(COORDINATOR, message, task=message.token_id)
+        self.wait_until_done(stream, timeout_s)
 
     def wait_for_mail(self, timeout_s: float) -> bool:
         """Return True as soon as a letter is unread, False after `timeout_s` without one."""
