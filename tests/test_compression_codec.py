@@ -224,6 +224,18 @@ def test_learned_is_not_worse_than_dead_zone_on_unrelated_updates(
     assert learned.decode(ours.data).keys() == update.keys()
 
 
+def test_learning_from_decoded_codes_is_enough(learned: Compressor) -> None:
+    """The coordinator never sees a true update, so no uncompressed warm-up is needed."""
+    devices, plain = Devices(), Compressor.deadzone(learned.layout, ratio=20)
+    seen = [plain.decode(plain.encode(devices.update()).data) for _ in range(4)]
+
+    codec = Compressor.fit(seen)
+
+    ours = codec.encode(held_out(), bytes_target=1000)
+    assert ours.method == "learned"
+    assert ours.cosine > 0.95 * learned.encode(held_out(), bytes_target=1000).cosine
+
+
 def test_a_broken_encoder_falls_back(learned: Compressor) -> None:
     """The gate measures the decode; it does not believe the encoder it was given."""
 
