@@ -20,6 +20,10 @@ JOURNAL_BYTES = 16 * 1024**2
 """What the write-ahead log is cut back to after a large transaction."""
 
 
+CHECKPOINT_PAGES = 256
+"""After 1 MiB the log is moved into the file, so that a small disk does not hold much twice."""
+
+
 class Database:
     """A SQLite file in WAL mode with synchronous FULL: what was committed is on the disk.
 
@@ -33,17 +37,14 @@ class Database:
         self.max_bytes = max_bytes
         self._lock = threading.RLock()
         self._depth = 0
-        with self._named_errors(path if not isinstance(path, sqlite3.Connection) else "the store"):
+        given = isinstance(path, sqlite3.Connection)
+        with self._named_errors("the store" if given else path):
             self._db = path if isinstance(path, sqlite3.Connection) else _open(Path(path))
-            self._db.isolation_level = None  # we write BEGIN ourselves
-            rows = self._db.execute("PRAGMA database_list").fetchall()
-            self.path = rows[0][2] or ":memory:"
-            self._db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
-            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # counts on a new file only
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
-            self._db.execute("PRAGMA foreign_keys = ON")
+            try:
+                self.path = _prepare(self._db)
+            except BaseException:
+                self._db.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +133,20 @@ def _open(path: Path) -> sqlite3.Connection:
     except OSError as exc:
         raise StorageError(f"cannot open {path}: {exc}; check the folder and its rights") from exc
     return sqlite3.connect(path, check_same_thread=False)
+
+
+def _prepare(db: sqlite3.Connection) -> str:
+    # On a full disk an existing store must still open, so nothing here writes to one.
+    db.isolation_level = None  # we write BEGIN ourselves
+    db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
+    if db.execute("PRAGMA page_count").fetchone() == (0,):
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute(f"PRAGMA journal_size_limit = {JOURNAL_BYTES}")
+    db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+    db.execute("PRAGMA foreign_keys = ON")
+    return db.execute("PRAGMA database_list").fetchone()[2] or ":memory:"
 
 
 def _next_step(exc: sqlite3.DatabaseError) -> str:

@@ -56,9 +56,8 @@ def _load(path: Path) -> Identity:
 
 def _create(path: Path, identity: Identity) -> None:
     # Written beside and linked into place: a power cut leaves a whole file or none, and the first
-    # of two processes wins.
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    beside.unlink(missing_ok=True)
+    # of two who create wins.
+    beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
     file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(file, "wb") as writer:

@@ -312,7 +312,10 @@ class Mailbox(Database):
                 "SELECT id, sender, kind, task, message, header FROM letters"
                 " WHERE message IS NOT NULL ORDER BY id"
             ).fetchall()
-        return [Letter(*row, Header.decode(header)) for *row, header in rows]
+        return [
+            Letter(letter, sender, kind, task, message, Header.decode(header))
+            for letter, sender, kind, task, message, header in rows
+        ]
 
     def mark_read(self, id: int) -> None:  # noqa: A002 - the letter's id, as Letter calls it
         """Forget a letter's bytes; that it was accepted is remembered."""

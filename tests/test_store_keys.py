@@ -1,0 +1,53 @@
+"""The key file: private, whole or absent, and the same for everybody who opens it."""
+
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from edge_sdk.errors import ConfigError, StorageError
+from edge_sdk.store.keys import load_or_create
+
+
+def test_the_same_keys_come_back_from_a_file_nobody_else_can_read(tmp_path):
+    path = tmp_path / "identity.key"
+
+    first = load_or_create(path)
+
+    assert load_or_create(path).to_bytes() == first.to_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["identity.key"]
+
+
+def test_all_who_create_at_once_get_one_identity(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        keys = list(pool.map(lambda _: load_or_create(tmp_path / "k").to_bytes(), range(16)))
+
+    assert len(set(keys)) == 1
+
+
+def test_a_file_that_others_may_read_is_refused(tmp_path):
+    path = tmp_path / "identity.key"
+    load_or_create(path)
+    path.chmod(0o644)
+
+    with pytest.raises(ConfigError, match="0644"):
+        load_or_create(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"symbiont-identity-1\n", b"symbiont-identity-1\nAAAA", b"\xff"]
+)
+def test_a_damaged_file_is_reported_and_kept(tmp_path, content):
+    path = tmp_path / "identity.key"
+    path.write_bytes(content)
+    path.chmod(0o600)
+
+    with pytest.raises(StorageError, match="damaged"):
+        load_or_create(path)
+    assert path.read_bytes() == content
+
+
+def test_a_missing_folder_is_reported(tmp_path):
+    with pytest.raises(StorageError, match="key file"):
+        load_or_create(tmp_path / "absent" / "identity.key")
