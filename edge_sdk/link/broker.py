@@ -40,6 +40,7 @@ max_packet_size 524288
 max_queued_bytes 33554432
 max_queued_messages 2000
 max_inflight_messages 20
+set_tcp_nodelay true
 memory_limit 536870912
 sys_interval 0
 log_dest stderr

@@ -12,6 +12,7 @@ can do neither.
 import logging
 import queue
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -326,6 +327,7 @@ class MqttLink:
         client.on_message = self._on_message
         client.on_publish = self._on_puback
         client.on_disconnect = self._on_disconnect
+        client.on_socket_open = _without_delay
         # Without this paho writes from the publishing thread, racing with our loop.
         client.on_socket_register_write = lambda *_: None
         return client
@@ -463,6 +465,11 @@ class MqttLink:
                     handler(message.topic, bytes(message.payload))
             if client is self._client:
                 client.ack(message.mid, message.qos)
+
+
+def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
+    # Nagle's algorithm holds a small frame back for 40 ms, and a transfer is many round trips.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _without_password(url: str) -> str:
