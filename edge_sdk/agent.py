@@ -10,7 +10,6 @@ report. Does not know how any of these is done.
         print(device.classify("name three rivers"), device.generate("Request: hello"))
 """
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -45,7 +44,8 @@ from edge_sdk.leaving import (
     fields_of,
 )
 from edge_sdk.link.base import Link
-from edge_sdk.link.courier import Courier
+from edge_sdk.link.courier import Courier, part
+from edge_sdk.link.keys import CoordinatorKeys
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.measure import peak_mb
 from edge_sdk.memory import DeviceMemory
@@ -53,9 +53,8 @@ from edge_sdk.models import ModelStore, child_probe
 from edge_sdk.store.keys import load_or_create
 from edge_sdk.store.mailbox import Letter, Mailbox
 from edge_sdk.tasks import Event, Handled, TaskDesk
-from edge_sdk.wire.enrolment import EnrolmentCode, KeyBundle
+from edge_sdk.wire.enrolment import EnrolmentCode
 from edge_sdk.wire.messages import Enrol, Enrolled, TextTask, decode, encode
-from edge_sdk.wire.seal import PublicIdentity
 
 if TYPE_CHECKING:
     from edge_sdk.runtime import SlmSession
@@ -64,7 +63,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """Pause after this machine's disk refused; an operator frees space in minutes, not milliseconds."""
-_SENT = "sent:"
+_MEMBER, _REQUEST, _KEYS, _SENT = "membership", "request", "keys", "sent:"
 
 
 class Membership(Struct, frozen=True, forbid_unknown_fields=True):
@@ -180,7 +179,7 @@ class EdgeDevice:
     @property
     def membership(self) -> Membership | None:
         """To whom this device belongs; None before `enrol`."""
-        saved = self._memory.recall("membership")
+        saved = self._memory.recall(_MEMBER)
         return msgspec.msgpack.decode(saved, type=Membership) if saved else None
 
     def enrol(self, code: str, *, timeout_s: float = 60.0) -> None:
@@ -204,14 +203,33 @@ class EdgeDevice:
             self._join(ticket, timeout_s)
         except EnrolmentError:
             self._drop_courier()
-            self._memory.remember("membership", b"")
+            for name in (_MEMBER, _REQUEST, _KEYS):
+                self._memory.remember(name, b"")
             raise
         self._tell({"event": "enrolled", "device": ticket.device, "tenant": ticket.tenant})
 
     def _join(self, ticket: EnrolmentCode, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         courier = self._started()
+        self._keys.wait(timeout_s)
+        courier.wait_until_done(self._request(ticket, courier), timeout_s)
+        while not (self.membership or _NOBODY).complete:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise LinkError("the coordinator has not answered the enrolment; try again")
+            courier.wait_for_mail(min(left, 1.0))
+            self._work_through()
+
+    def _request(self, ticket: EnrolmentCode, courier: Courier) -> bytes:
+        """The stream of the request for `ticket`: the one of an earlier attempt, else a new one."""
         public = self._identity.public
+        # A device of its own task each: the coordinator, not the mailbox, judges a reused code.
+        task = part(ticket.token_id, public.sign.hex())
+        saved = self._memory.recall(_REQUEST)
+        if saved:
+            earlier, stream = msgspec.msgpack.decode(saved, type=tuple[str, bytes])
+            if earlier == task:
+                return stream
         request = Enrol(
             token_id=ticket.token_id,
             secret=ticket.secret,
@@ -221,18 +239,14 @@ class EdgeDevice:
             families=self.config.device.families,
             memory_mb=self.config.train.memory_mb,
         )
-        stream = courier.send(COORDINATOR, request, task=ticket.token_id)
-        self._memory.remember(_SENT + "Enrol", msgspec.msgpack.encode(fields_of(request)))
-        courier.wait_until_done(stream, timeout_s)
-        while not (self.membership or _NOBODY).complete:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise LinkError("the coordinator has not answered the enrolment; try again")
-            courier.wait_for_mail(min(left, 1.0))
-            self._work_through()
+        with self._mailbox.transaction():
+            stream = courier.send(COORDINATOR, request, task=task)
+            self._memory.remember(_REQUEST, msgspec.msgpack.encode((task, stream)))
+            self._memory.remember(_SENT + "Enrol", msgspec.msgpack.encode(fields_of(request)))
+        return stream
 
     def _keep(self, membership: Membership) -> None:
-        self._memory.remember("membership", msgspec.msgpack.encode(membership))
+        self._memory.remember(_MEMBER, msgspec.msgpack.encode(membership))
 
     # --- examples and answers -----------------------------------------------------------------
 
@@ -394,7 +408,8 @@ class EdgeDevice:
 
     def explain(self) -> list[Leaving]:
         """Return, field by field, what waits to leave, what last left, and what ever could."""
-        coordinator = self._coordinator()
+        member = self.membership
+        coordinator = self._known_keys(member).lookup(COORDINATOR) if member else None
         key = coordinator.receive_id.hex() if coordinator else ""
         rows: list[Leaving] = []
         seen: set[str] = set()
@@ -469,6 +484,7 @@ class EdgeDevice:
         assert member is not None
         self._claim()
         self._identity = load_or_create(self._state / "identity.key")
+        self._keys = self._known_keys(member)
         self._link = self._link or self._mqtt(member)
         self._courier = Courier(
             self._link,
@@ -476,10 +492,10 @@ class EdgeDevice:
             self._identity,
             tenant=member.tenant,
             me=member.device,
-            lookup=self._lookup,
+            lookup=self._keys.lookup,
             now=self._now,
             rng=random.Random(),
-            keys=self._take_keys,
+            keys=self._keys.receive,
             window_bytes=self.config.link.window_kb * 1024,
         )
         self._courier.start()
@@ -522,33 +538,14 @@ class EdgeDevice:
             mqtt_version=link.mqtt_version,
         )
 
-    def _take_keys(self, data: bytes) -> None:
-        """The coordinator's retained key bundle: believed only under the root of our own code."""
-        known = self._bundle()
-        bundle = self._verified(data, newer_than=known.version if known else 0)
-        if bundle is not None and (known is None or bundle.version > known.version):
-            self._memory.remember("keys", data)
-
-    def _bundle(self) -> KeyBundle | None:
-        saved = self._memory.recall("keys")
-        with contextlib.suppress(EnrolmentError):  # expired: the next one is on its way
-            return self._verified(saved) if saved else None
-        return None
-
-    def _verified(self, data: bytes, *, newer_than: int = 0) -> KeyBundle | None:
-        member = self.membership
-        if member is None:
-            return None
-        return KeyBundle.verify(
-            data, member.root_key_hash, self._now(), tenant=member.tenant, newer_than=newer_than
+    def _known_keys(self, member: Membership) -> CoordinatorKeys:
+        return CoordinatorKeys(
+            member.tenant,
+            member.root_key_hash,
+            now=self._now,
+            bundle=self._memory.recall(_KEYS),
+            keep=lambda data: self._memory.remember(_KEYS, data),
         )
-
-    def _coordinator(self) -> PublicIdentity | None:
-        bundle = self._bundle()
-        return bundle.identity if bundle else None
-
-    def _lookup(self, peer: str) -> PublicIdentity | None:
-        return self._coordinator() if peer == COORDINATOR else None
 
 
 _NOBODY = Membership("", "", b"")

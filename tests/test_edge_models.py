@@ -1,0 +1,240 @@
+"""A device believes only what its owner signed, and never runs less than it ran before."""
+
+import os
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.errors import (
+    DigestError,
+    RollbackError,
+    RuntimeFailure,
+    SignatureError,
+    StorageError,
+    TrustError,
+)
+from edge_sdk.models import Held, ModelStore, child_probe
+from edge_sdk.wire.messages import OfferModel
+from exporters.publisher import Publisher
+from tests.edge_world import fingerprint, offer, releases
+
+
+def _no_probe(_held: Held) -> None:
+    return None
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Device:
+    """A model store and the files it asks for, from a publisher that may lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.publisher = releases(folder)
+        self.folder = folder / "models"
+        self.probe = _no_probe
+        self.store = self.open()
+
+    def open(self) -> ModelStore:
+        return ModelStore(
+            self.folder, root=self.publisher.root(), probe=lambda held: self.probe(held)
+        )
+
+    def fetch(self, wanted: OfferModel) -> tuple[str, ...]:
+        missing = self.store.missing(wanted, now=_now())
+        for path in missing:
+            self.store.put(path, self.publisher.read(path))
+        return missing
+
+    def install(self, release: str) -> Held:
+        wanted = offer(self.publisher, release)
+        self.fetch(wanted)
+        return self.store.install(wanted, now=_now())
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Device:
+    return Device(tmp_path)
+
+
+def test_a_release_is_fetched_verified_and_kept_over_a_restart(device: Device) -> None:
+    held = device.install("r1")
+
+    assert held.release == "r1"
+    assert device.open().current == held
+    assert device.store.missing(offer(device.publisher, "r1"), now=_now()) == ()
+    assert os.stat(held.bundle).st_mode & 0o077 == 0
+
+
+def test_only_files_that_differ_are_asked_for(device: Device) -> None:
+    device.install("r1")
+
+    missing = device.store.missing(offer(device.publisher, "r2"), now=_now())
+
+    assert {path.rsplit("/", 1)[-1] for path in missing} == {
+        "config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "symbiont.json",
+        "weights.json",
+    }
+
+
+def test_an_adapter_release_goes_over_the_bundle_it_names(device: Device) -> None:
+    base = device.install("r1")
+
+    held = device.install("a1")
+
+    assert (held.bundle, held.release) == (base.bundle, "a1")
+    assert held.adapter_path is not None
+    assert held.adapter_path.is_file()
+
+
+def test_an_adapter_without_its_base_is_refused(device: Device) -> None:
+    device.install("r2")
+
+    with pytest.raises(TrustError, match="adapter of r1, which this device does not hold"):
+        device.install("a1")
+
+    assert device.store.current is not None
+    assert device.store.current.release == "r2"
+
+
+def test_another_owner_is_refused(device: Device, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    stranger = Publisher(tmp_path / "other" / "repository")
+    stranger.init()
+    wanted = offer(device.publisher, "r1")
+    forged = OfferModel("x", "tiny", "r1", stranger.metadata(), wanted.targets)
+
+    with pytest.raises(SignatureError, match="not signed by its owner"):
+        device.store.missing(forged, now=_now())
+
+
+def test_changed_metadata_is_refused(device: Device) -> None:
+    wanted = offer(device.publisher, "r1")
+    for name, data in wanted.metadata.items():
+        if name.endswith("root.json"):
+            continue
+        bent = data.replace(b'"version":', b'"Version":', 1)
+        metadata = {**wanted.metadata, name: bent}
+        with pytest.raises(TrustError):
+            device.store.missing(
+                OfferModel("x", "tiny", "r1", metadata, wanted.targets), now=_now()
+            )
+
+
+def test_older_metadata_is_refused_even_after_a_restart(device: Device) -> None:
+    old = offer(device.publisher, "r1")
+    device.publisher._lifetimes = type(device.publisher._lifetimes)(timestamp=100)
+    assert device.publisher.refresh()
+    device.install("r1")
+
+    with pytest.raises(RollbackError, match="older than one already trusted"):
+        device.open().missing(old, now=_now())
+
+
+def test_expired_metadata_is_refused_by_the_callers_time(device: Device) -> None:
+    wanted = offer(device.publisher, "r1")
+
+    with pytest.raises(TrustError, match="expired"):
+        device.store.missing(wanted, now=_now() + timedelta(days=60))
+
+    assert device.store.missing(wanted, now=_now() - timedelta(days=3650))
+
+
+def test_other_bytes_than_the_signed_are_refused(device: Device) -> None:
+    wanted = offer(device.publisher, "r1")
+    device.fetch(wanted)
+    weights = next(path for path in wanted.targets if path.endswith(".data"))
+    data = device.publisher.read(weights)
+    device.store.put(weights, data[:-1] + bytes([data[-1] ^ 1]))
+
+    with pytest.raises(DigestError, match="not the file that was signed"):
+        device.store.install(wanted, now=_now())
+
+    assert device.store.current is None
+    assert device.store.missing(wanted, now=_now()) == (weights,)
+
+
+@pytest.mark.parametrize(
+    "path", ["tiny/r1/../../x", "/etc/passwd", "tiny/r1", "tiny/r1/a/b", "other/r1/model.onnx", ""]
+)
+def test_a_path_that_leaves_its_place_is_refused(path: str, device: Device) -> None:
+    wanted = OfferModel("x", "tiny", "r1", device.publisher.metadata(), (path,))
+
+    with pytest.raises(TrustError):
+        device.store.missing(wanted, now=_now())
+
+
+def test_a_file_nobody_signed_is_refused(device: Device) -> None:
+    wanted = OfferModel("x", "tiny", "r1", device.publisher.metadata(), ("tiny/r1/extra.bin",))
+
+    with pytest.raises(TrustError, match="not among the files its owner signed"):
+        device.store.missing(wanted, now=_now())
+
+
+def test_a_release_that_fails_its_trial_changes_nothing(device: Device) -> None:
+    before = device.install("r1")
+    marks = fingerprint(Path(before.bundle))
+
+    def fails(held: Held) -> None:
+        raise RuntimeFailure(f"release {held.release} failed its trial")
+
+    device.probe = fails
+    with pytest.raises(RuntimeFailure, match="r2 failed its trial"):
+        device.install("r2")
+
+    assert device.open().current == before
+    assert fingerprint(Path(before.bundle)) == marks
+
+
+def test_the_previous_release_is_kept_and_can_return(device: Device) -> None:
+    first = device.install("r1")
+    device.install("r2")
+
+    assert device.store.roll_back() == first
+    assert device.open().current == first
+    with pytest.raises(RuntimeFailure, match="no earlier model"):
+        device.store.roll_back()
+
+
+def test_only_current_and_previous_stay_on_the_disk(device: Device) -> None:
+    for release in ("r1", "a1", "r2"):
+        device.install(release)
+
+    kept = {path.name for path in (device.folder / "bundles").iterdir()}
+
+    assert kept == {"r1", "a1", "r2"}  # a1 runs over r1
+    assert not list((device.folder / "incoming").iterdir())
+
+
+def test_a_damaged_pointer_says_what_to_do(device: Device) -> None:
+    device.install("r1")
+    (device.folder / "current.json").write_text("{")
+
+    with pytest.raises(StorageError, match="delete it to fetch the model again"):
+        device.open()
+
+
+def test_the_trial_runs_in_another_process_under_limits(device: Device) -> None:
+    held = device.install("r1")
+
+    child_probe(timeout_s=60)(held)
+    with pytest.raises(RuntimeFailure, match="failed its trial"):
+        child_probe(timeout_s=60, memory_mb=100)(held)
+    started = time.monotonic()
+    with pytest.raises(RuntimeFailure, match=r"did not answer within 0\.05 s"):
+        child_probe(timeout_s=0.05)(held)
+    assert time.monotonic() - started < 5
+
+
+def test_a_graph_that_is_no_graph_fails_its_trial(device: Device) -> None:
+    held = device.install("r1")
+    (Path(held.bundle) / "model.onnx").write_bytes(b"\x00" * 100)
+
+    with pytest.raises(RuntimeFailure, match="cannot be loaded"):
+        child_probe(timeout_s=60)(held)
