@@ -8,15 +8,13 @@ config loaders: model.onnx with one data file, genai_config.json, config.json, t
 files, weights.json (compression.int4) and symbiont.json (edge_sdk.wire.manifest).
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from edge_sdk.wire.messages import TextTask
 from exporters.bundle import check_names, file_entries
 from exporters.lora_inputs import add_lora_inputs
 from exporters.parity import ParityLimits, check_parity
+from exporters.quiet import quiet
 from exporters.weights_index import layer_linears, write_index
 
 logger = logging.getLogger(__name__)
@@ -174,11 +173,11 @@ def _build(model_dir: Path, folder: Path, options: SlmOptions) -> None:
         "accuracy_level": options.accuracy_level,
         "hf_token": False,
     }
-    said = io.StringIO()
     cache = str(folder.parent / "cache")
     where = (str(model_dir), str(folder), "int4", "cpu", cache)
+    said = io.StringIO()
     try:
-        with _quiet(said):
+        with quiet(said):
             from onnxruntime_genai.models import builder
 
             pairs = [f"{key}={value}" for key, value in settings.items()]
@@ -270,19 +269,3 @@ def _is_tied(model_dir: Path) -> bool:
 
     config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
     return bool(getattr(config, "tie_word_embeddings", False))
-
-
-@contextlib.contextmanager
-def _quiet(into: io.StringIO) -> Iterator[None]:
-    # The builder prints, draws a progress bar, extends sys.path and sets up the root logger: an
-    # application that exports keeps its own.
-    root, silenced = logging.getLogger(), logging.root.manager.disable
-    handlers, level, path = root.handlers[:], root.level, sys.path[:]
-    try:
-        with contextlib.redirect_stdout(into), contextlib.redirect_stderr(into):
-            logging.disable(logging.ERROR)
-            yield
-    finally:
-        logging.disable(silenced)
-        root.handlers[:], sys.path[:] = handlers, path
-        root.setLevel(level)

@@ -34,6 +34,11 @@ def save_tiny(folder: Path, family: str = "Llama", **changes: Any) -> Path:
             # Larger than a fresh model's, so that logits differ clearly; norms stay near one.
             value.add_(torch.randn_like(value) * (0.1 if "norm" in name else 0.15))
     model.save_pretrained(folder)
+    return save_tiny_tokenizer(folder)
+
+
+def save_tiny_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of single bytes, 257 tokens, into `folder`."""
     vocabulary = {"<|end|>": 0}
     for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[character] = len(vocabulary)
