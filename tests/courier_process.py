@@ -30,7 +30,7 @@ def main(folder: Path, url: str, size: int) -> None:
         lookup={"coordinator": coordinator}.get,
         now=time.time,
         rng=random.Random(1),
-        patience_s=0.3,
+        patience_s=1.0,
     )
     if size:
         data = random.Random(size).randbytes(size)

@@ -52,8 +52,7 @@ def courier(folder: Path, broker: Broker, name: str, **options) -> Iterator[Cour
         lookup=public.get,
         now=time.time,
         rng=random.Random(1),
-        patience_s=0.3,
-        **options,
+        **{"patience_s": 1.0, **options},
     ) as running:
         yield running
     mailbox.close()
@@ -85,8 +84,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_a_mebibyte_each_way(kind: Kind, tmp_path: Path) -> None:
     with (
         start_broker(tmp_path / "broker", users=USERS, prefer=kind) as broker,
-        courier(tmp_path, broker, "coordinator") as coordinator,
-        courier(tmp_path, broker, "kitchen") as kitchen,
+        courier(tmp_path, broker, "coordinator", patience_s=10.0) as coordinator,
+        courier(tmp_path, broker, "kitchen", patience_s=10.0) as kitchen,
     ):
         up = kitchen.send("coordinator", file("up", MIB), task="up")
         down = coordinator.send("kitchen", file("down", MIB + 1), task="down")
@@ -149,4 +148,4 @@ def test_a_killed_device_resumes_without_sending_everything_again(
         wait_for(lambda: len(coordinator.mailbox.unread()) == 1)
 
         assert decode(coordinator.mailbox.unread()[0].message) == file("t", size)
-        assert coordinator.bytes_up["File"] < size + 2 * MIB
+        assert coordinator.bytes_up["File"] < size + 4 * MIB  # about half would come twice
