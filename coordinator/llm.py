@@ -167,6 +167,8 @@ class Llm:
         usable = [i for i, text in enumerate(written.texts) if text]
         good = [(written.texts[i], written.labels[i]) for i in usable if float(s[i]) >= how.tau]
         good += list(understand)
+        if 2 * len({label for _, label in good}) < len(self.reader.task.labels):
+            good = []  # texts of one or two labels would only teach to answer those
         taught = self.reader.labelled([text for text, _ in good], [label for _, label in good])
         draws = itertools.count(1)
         gen_rows, und_rows, reg_rows = (

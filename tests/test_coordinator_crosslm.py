@@ -31,6 +31,7 @@ CFG = CrossLMConfig(
     samples=24,
     tau=0.4,
     distil_steps=3,
+    min_texts=3,
     distil_lr=5e-3,
     training=LocalTraining(steps=5, lr=2e-2, batch=8),
     update=Update(steps=3, lr=1e-2, tau=0.4, batch=8),
@@ -195,3 +196,14 @@ def test_distinct_measures_repetition():
     assert distinct(["a b c", "d e f"]) == 1.0
     assert distinct(["a b", "a b", "a b", "a b"]) == 0.25
     assert distinct([]) == 0.0
+
+
+def test_a_handful_of_texts_is_not_distilled_on(home):
+    world, devices = World(home), fleet()
+    cfg = dataclasses.replace(CFG, rounds=1, min_texts=10_000)
+
+    drive(world.program(cfg), devices, world.log)
+
+    assert world.log.of(Note)[0].values["distil_loss"] == 0.0
+    start = world.log.of(Commit)[0].state["exchange"]
+    assert start == world.exchange.state()

@@ -65,6 +65,9 @@ class CrossLMConfig:
         tau: least score of a text that enters S.
         temperature, top_p, max_new_tokens: how the LLM samples.
         pool: most texts S may hold; the best-scored stay.
+        min_texts: fewer texts than this, or texts of fewer than half the labels, are not distilled
+            on: a handful of one label teaches a small model to say nothing else (seen: from 0.26
+            to chance in 20 steps).
         llm_share: share of the LLM in the soft labels; the replicas have the rest.
         distil_steps, distil_batch, distil_lr: the server's distillation; 0 steps leaves it out.
         score_on_devices: line 5 by the devices themselves.
@@ -82,6 +85,7 @@ class CrossLMConfig:
     top_p: float = 0.95
     max_new_tokens: int = 32
     pool: int = 512
+    min_texts: int = 24
     llm_share: float = 0.3
     distil_steps: int = 30
     distil_batch: int = 16
@@ -297,9 +301,12 @@ def _distil(
     llm: Llm, twin: Twin, pool: Pool, public: Sequence[str], cfg: CrossLMConfig, *, seed: int
 ) -> float:
     texts = [*pool.texts, *public]
-    if not texts or cfg.distil_steps == 0:
+    if len(texts) < cfg.min_texts or cfg.distil_steps == 0:
         return 0.0
     soft = cfg.llm_share * llm.probs(texts) + (1 - cfg.llm_share) * twin.jury(texts)
+    likely = np.bincount(soft.argmax(axis=1), minlength=soft.shape[1])  # texts per label
+    if 2 * int((likely > 0).sum()) < len(likely):
+        return 0.0
     return distil(
         twin,
         texts,
