@@ -56,6 +56,11 @@ class Held(Struct, frozen=True, forbid_unknown_fields=True):
         """The adapter file to load over the bundle, if any."""
         return Path(self.adapter) if self.adapter else None
 
+    @property
+    def base_release(self) -> str:
+        """The release of the bundle below an adapter; the release itself where there is none."""
+        return Path(self.bundle).name
+
 
 class _Pointer(Struct, frozen=True, forbid_unknown_fields=True):
     current: Held | None = None

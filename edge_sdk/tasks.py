@@ -240,7 +240,8 @@ class TaskDesk:
 
     def _require(self, release: str) -> Held:
         held = self._models.current
-        if held is None or held.release != release:
+        # An adapter release trains and scores over its bundle, so a task may name either.
+        if held is None or release not in (held.release, held.base_release):
             raise RuntimeFailure(
                 f"the task is for release {release}, this device runs "
                 f"{held.release if held else 'none'}"
