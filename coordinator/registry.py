@@ -22,8 +22,11 @@ class Registry:
 
     def __init__(self, store: Store, publisher: Publisher, now: Callable[[], float]) -> None:
         self._store, self._publisher, self._now = store, publisher, now
-        if not publisher.exists:
-            publisher.init()
+
+    def prepare(self) -> None:
+        """Create the signed repository and its keys if there is none."""
+        if not self._publisher.exists:
+            self._publisher.init()
 
     def root(self) -> bytes:
         """Return the TUF root metadata that devices are enrolled with."""

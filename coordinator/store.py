@@ -109,6 +109,22 @@ class Store:
             ).fetchone()
         return row is not None and row[0] is not None
 
+    def runs(self) -> list[dict[str, Any]]:
+        """Return each run with its state and number of commits, oldest first."""
+        with self.transaction() as db:
+            rows = db.execute(
+                "SELECT run, finished, error, (SELECT COUNT(*) FROM commits c WHERE c.run = r.run)"
+                " FROM runs r ORDER BY started"
+            ).fetchall()
+        return [
+            {
+                "run": run,
+                "state": "open" if finished is None else error or "finished",
+                "commits": commits,
+            }
+            for run, finished, error, commits in rows
+        ]
+
     def last_commit(self, run: str) -> Commit | None:
         """Return the newest commit of `run` with its state, or None before the first."""
         with self.transaction() as db:

@@ -1,0 +1,207 @@
+"""The coordinator's commands: `coordinator init|serve|status|lineage`, `device token|list|revoke`.
+
+Knows argparse and what is printed. Does not know what it does: each command is a few calls.
+torch is loaded by `serve` alone.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from coordinator.config import CoordinatorConfig
+from coordinator.desk import Desk
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire.config_rules import parse_overrides, template
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction as Parsers
+
+CONFIG = "coordinator.toml"
+
+_TASK = {
+    "task.name": "requests",
+    "task.prompt": "Request: {text}\nKind:",
+    "task.generation_prompt": "Kind: {label}\nRequest:",
+    "task.labels": ["question", "summary"],
+    "task.words": [" question", " summary"],
+}
+
+
+def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
+    """Add `coordinator` and `device` to the command line."""
+    coordinator = subparsers.add_parser("coordinator", help="run the cloud side")
+    verbs = coordinator.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    init = verbs.add_parser("init", help="make a folder with settings and keys")
+    init.add_argument("folder", type=Path)
+    init.add_argument("--tenant", default="home", help="first part of all topics")
+    init.add_argument("--json", action="store_true")
+    init.set_defaults(run=_init)
+
+    serve = verbs.add_parser("serve", help="serve devices and run the program")
+    _add_config(serve)
+    serve.add_argument("--events", action="store_true", help="one JSON line per event on stdout")
+    serve.add_argument("--stay", action="store_true", help="go on serving after the program")
+    serve.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="section.key=value",
+        help="override one setting; may be repeated",
+    )
+    serve.set_defaults(run=_serve)
+
+    for verb, run, text in (
+        ("status", _status, "what the coordinator has done so far"),
+        ("lineage", _lineage, "every release and what it was made from"),
+    ):
+        parser = verbs.add_parser(verb, help=text)
+        _add_config(parser)
+        parser.set_defaults(run=run)
+
+    device = subparsers.add_parser("device", help="enrol, list and revoke devices")
+    verbs = device.add_subparsers(title="verbs", metavar="VERB", required=True)
+    token = verbs.add_parser("token", help="print a one-time enrolment code")
+    token.add_argument("--device", required=True, help="the device's id, chosen by you")
+    token.add_argument("--hours", type=float, default=1.0, help="how long it is good, up to 24")
+    _add_config(token)
+    token.set_defaults(run=_token)
+    listing = verbs.add_parser("list", help="all devices")
+    _add_config(listing)
+    listing.set_defaults(run=_list)
+    revoke = verbs.add_parser("revoke", help="refuse a device from now on")
+    revoke.add_argument("device")
+    _add_config(revoke)
+    revoke.set_defaults(run=_revoke)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, default=Path(CONFIG), help=f"default: {CONFIG}")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    path = arguments.folder / CONFIG
+    if path.exists():
+        raise ConfigError(f"{path} exists; edit it, or choose another folder")
+    values = {"service.tenant": arguments.tenant, **_TASK}
+    text = template(CoordinatorConfig, values) + _FAMILIES
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
+    config = CoordinatorConfig.load(path, {"program.name": "fedavg"})
+    with Desk(config) as desk:
+        key = desk.root.public.sign_id.hex()
+    _show(
+        arguments,
+        {"config": str(path), "root_key": key},
+        f"wrote {path} and keys (root key {key}).\n"
+        f"Next: name your models and task in it, then `symbiont coordinator serve --config {path}`",
+    )
+    return 0
+
+
+_FAMILIES = """
+# One or more families of small models: a name and a Hugging Face folder.
+[[families]]
+name = "slm"
+path = "models/slm"
+"""
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from coordinator.service import Service  # loads torch and the exporters
+
+    overrides = parse_overrides([f"--{item}" for item in arguments.set])
+    config = CoordinatorConfig.load(arguments.config, overrides)
+    with Service(config, stream=sys.stdout if arguments.events else None) as service:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        done = service.serve(stay=arguments.stay)
+    if not arguments.events:
+        print("done" if done else "stopped; start again to go on")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    with _desk(arguments) as desk:
+        status: dict[str, Any] = {
+            "tenant": desk.config.service.tenant,
+            "devices": {d.device: str(d.state) for d in desk.fleet.list()},
+            "runs": desk.store.runs(),
+            "releases": {
+                line["family"]: line["release"]
+                for line in desk.registry().lineage()
+                if line["promoted"]
+            },
+            "waiting_letters": len(desk.mailbox.pending()),
+            "notes": [e for e in desk.store.events(last=200) if e["event"] == "note"][-5:],
+        }
+    lines = [f"tenant {status['tenant']}"]
+    lines += [f"device {name}: {state}" for name, state in status["devices"].items()]
+    lines += [f"run {r['run']}: {r['commits']} commits, {r['state']}" for r in status["runs"]]
+    lines += [f"release {family}: {name}" for family, name in status["releases"].items()]
+    _show(arguments, status, "\n".join(lines))
+    return 0
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    with _desk(arguments) as desk:
+        releases = desk.registry().lineage()
+    lines = [
+        f"{r['family']}/{r['release']}"
+        + (f" on {r['base']}" if r["base"] else "")
+        + (" (promoted)" if r["promoted"] else "")
+        for r in releases
+    ]
+    _show(arguments, {"releases": releases}, "\n".join(lines) or "no releases yet")
+    return 0
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    with _desk(arguments) as desk:
+        code = desk.token(arguments.device, lasts_s=arguments.hours * 3600)
+    shown = {"device": code.device, "code": code.to_text(), "expires_s": code.expires_s}
+    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(code.expires_s))
+    _show(
+        arguments,
+        shown,
+        f"{code.to_text()}\n"
+        f"Good once, for {code.device}, until {until}. It is not shown again. On the device:\n"
+        "  symbiont edge enrol <code>",
+    )
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    with _desk(arguments) as desk:
+        devices = [d.summary() for d in desk.fleet.list()]
+    lines = [
+        f"{d['device']:<24} {d['state']:<12} faults {d['faults']:<3} seen "
+        + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(d["last_seen"]))
+        for d in devices
+    ]
+    _show(arguments, {"devices": devices}, "\n".join(lines) or "no devices yet")
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    with _desk(arguments) as desk:
+        desk.fleet.revoke(arguments.device)
+    shown = {"device": arguments.device, "state": "revoked"}
+    _show(arguments, shown, f"{arguments.device} is revoked")
+    return 0
+
+
+def _desk(arguments: argparse.Namespace) -> Desk:
+    return Desk(CoordinatorConfig.load(arguments.config))
+
+
+def _show(arguments: argparse.Namespace, shown: object, text: str) -> None:
+    print(json.dumps(shown) if arguments.json else text)

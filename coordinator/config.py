@@ -1,0 +1,262 @@
+"""The coordinator's settings: what each means, its unit and its range.
+
+Knows the file `coordinator.toml`. Does not know what the settings are used for.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from edge_sdk.errors import ConfigError
+from edge_sdk.wire.config_rules import NOTHING, parse_toml
+from edge_sdk.wire.messages import Name, TextTask
+
+MAX_CONFIG_BYTES = 1 << 20
+"""A settings file is a page of text; anything larger was named by mistake."""
+
+_Path = Annotated[str, Meta(max_length=4096)]
+
+
+class ServiceSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Who this coordinator is, where it keeps what it must not lose, and its broker."""
+
+    tenant: Annotated[
+        Name, Meta(description="First part of all topics; one coordinator serves one tenant.")
+    ]
+    state_dir: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            max_length=4096,
+            description="Folder for keys, database and releases; made 0700 if absent.",
+        ),
+    ] = "state"
+    broker: Annotated[
+        str,
+        Meta(
+            pattern=r"^(mqtt|mqtts)://[^/@\s]+$",
+            max_length=1024,
+            description="mqtt://host:port or mqtts://host:port (TLS).",
+        ),
+    ] = "mqtt://127.0.0.1:1883"
+    username: Annotated[str, Meta(max_length=256, description="Broker user.")] = "coordinator"
+    password_file: Annotated[
+        _Path, Meta(description="File holding the broker password; secrets are paths, not values.")
+    ] = ""
+    ca_file: Annotated[
+        _Path, Meta(description="PEM file of the broker's authority; empty means the system's.")
+    ] = ""
+    mqtt_version: Annotated[
+        Literal["5", "3.1.1"],
+        Meta(description="MQTT version tried first; the other follows by itself."),
+    ] = "5"
+    store_mb: Annotated[
+        int,
+        Meta(
+            ge=64,
+            le=1 << 22,
+            description="Most MiB of messages in the database; a bundle is stored once for all.",
+        ),
+    ] = 4096
+    threads: Annotated[
+        int, Meta(ge=0, le=1024, description="CPU threads for training; 0 means all.")
+    ] = 0
+
+
+class ProgramSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which algorithm runs over how many devices, and how patiently."""
+
+    name: Annotated[Literal["crosslm", "fedavg"], Meta(description="The algorithm.")] = "crosslm"
+    cohort: Annotated[
+        int, Meta(ge=1, le=100_000, description="Enrolled devices to wait for before it starts.")
+    ] = 1
+    rounds: Annotated[int, Meta(ge=1, le=1_000_000, description="Rounds to run.")] = 3
+    need: Annotated[
+        int, Meta(ge=0, le=100_000, description="Updates that complete a round; 0 means all.")
+    ] = 0
+    within_s: Annotated[
+        float,
+        Meta(gt=0, le=31 * 86_400, description="Seconds without progress before a round fails."),
+    ] = 120.0
+    retries: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="Repetitions of a failed round before the program ends."),
+    ] = 1
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of everything random.")] = 0
+    samples: Annotated[
+        int, Meta(ge=1, le=100_000, description="Texts the LLM writes per round (CrossLM's N).")
+    ] = 128
+    tau: Annotated[
+        float, Meta(ge=0, le=1, description="Least score of a text that is kept (CrossLM's tau).")
+    ] = 0.5
+    temperature: Annotated[
+        float, Meta(gt=0, le=5, description="Sampling temperature of the LLM.")
+    ] = 0.9
+    top_p: Annotated[float, Meta(gt=0, le=1, description="Nucleus of the LLM's sampling.")] = 0.95
+    max_new_tokens: Annotated[
+        int, Meta(ge=1, le=4096, description="Longest text the LLM writes, in tokens.")
+    ] = 32
+    pool: Annotated[
+        int, Meta(ge=1, le=100_000, description="Most synthetic texts kept; the best stay.")
+    ] = 512
+    llm_share: Annotated[
+        float, Meta(ge=0, le=1, description="Share of the LLM in distillation's soft labels.")
+    ] = 0.3
+    distil_steps: Annotated[
+        int, Meta(ge=0, le=1_000_000, description="Steps of distillation a round; 0 leaves it out.")
+    ] = 30
+    distil_lr: Annotated[float, Meta(gt=0, le=1, description="Its learning rate.")] = 1e-3
+    score_on_devices: Annotated[
+        bool, Meta(description="Let the devices score, instead of their replicas here.")
+    ] = False
+    learn_codec: Annotated[
+        bool, Meta(description="Fit the learned codec on the first round's updates.")
+    ] = True
+
+
+class AdapterSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The shape of the LoRA adapters that travel, and how devices train them."""
+
+    rank: Annotated[int, Meta(ge=1, le=256, description="Rank r of the adapters.")] = 8
+    alpha: Annotated[float, Meta(gt=0, le=4096, description="Scale: alpha / r before B·A.")] = 16.0
+    targets: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...],
+        Meta(min_length=1, max_length=64, description="Last names of the adapted modules."),
+    ] = ("q_proj", "v_proj")
+    steps: Annotated[int, Meta(ge=1, le=1_000_000, description="Device steps a round.")] = 60
+    batch: Annotated[int, Meta(ge=1, le=4096, description="Examples a step.")] = 16
+    lr: Annotated[float, Meta(gt=0, le=1, description="Learning rate on devices.")] = 3e-3
+    synthetic_weight: Annotated[
+        float, Meta(ge=0, le=10, description="Weight of synthetic texts on devices (CrossLM's mu).")
+    ] = 0.5
+    ratio: Annotated[
+        float,
+        Meta(ge=0, le=10_000, description="Compress updates to 1/ratio of float32; 0: no target."),
+    ] = 16.0
+
+
+class LlmSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """The large model that writes and is taught. fedavg does without."""
+
+    path: Annotated[_Path, Meta(description="Hugging Face folder of the LLM; empty: none.")] = ""
+    rank: Annotated[int, Meta(ge=1, le=256, description="Rank of the LLM's own adapter.")] = 8
+    alpha: Annotated[float, Meta(gt=0, le=4096, description="Its scale.")] = 16.0
+    targets: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...],
+        Meta(min_length=1, max_length=64, description="Last names of its adapted modules."),
+    ] = ("q_proj", "v_proj")
+    lr: Annotated[float, Meta(gt=0, le=1, description="Learning rate of the LLM.")] = 1e-3
+    steps: Annotated[int, Meta(ge=1, le=1_000_000, description="LLM steps a round.")] = 30
+    batch: Annotated[int, Meta(ge=1, le=4096, description="Texts a step.")] = 16
+    beta: Annotated[float, Meta(ge=0, le=100, description="Weight of understanding.")] = 1.0
+    reg: Annotated[float, Meta(ge=0, le=100, description="Weight of staying as it was.")] = 0.5
+
+
+class FamilySection(Struct, frozen=True, forbid_unknown_fields=True):
+    """One family of small models."""
+
+    name: Annotated[Name, Meta(description="Its name, as devices list it.")]
+    path: Annotated[
+        str, Meta(min_length=1, max_length=4096, description="Its Hugging Face folder.")
+    ]
+
+
+class TextsSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """A .jsonl or .jsonl.xz file of texts the operator may use here."""
+
+    path: Annotated[_Path, Meta(description="The file; empty means none.")] = ""
+    text_column: Annotated[str, Meta(min_length=1, max_length=128, description="Its text.")] = (
+        "text"
+    )
+    label_column: Annotated[str, Meta(min_length=1, max_length=128, description="Its label.")] = (
+        "label"
+    )
+    most: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Rows to read from the start of the file.")
+    ] = 512
+
+
+class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings of a coordinator; `load` reads them from TOML."""
+
+    service: ServiceSection
+    families: Annotated[tuple[FamilySection, ...], Meta(min_length=1, max_length=64)]
+    task: TextTask
+    program: ProgramSection = ProgramSection()
+    adapter: AdapterSection = AdapterSection()
+    llm: LlmSection = LlmSection()
+    public: TextsSection = TextsSection()
+    evaluation: TextsSection = TextsSection()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, overrides: Mapping[str, object] = NOTHING
+    ) -> "CoordinatorConfig":
+        """Return the settings in file `path`; relative paths in it start at its folder.
+
+        Raises:
+            ConfigError: unreadable, any of `parse_toml`'s complaints, or settings at odds.
+        """
+        path = Path(path)
+        config = parse_toml(read_text(path), cls, str(path), overrides=overrides)
+        config._check(str(path))
+        return config.resolved(path.resolve().parent)
+
+    def _check(self, source: str) -> None:
+        if len(self.task.labels) != len(self.task.words):
+            raise ConfigError(
+                f"{source}: task.words has {len(self.task.words)} entries for "
+                f"{len(self.task.labels)} task.labels; give one word per label"
+            )
+        if self.program.need > self.program.cohort:
+            raise ConfigError(
+                f"{source}: program.need = {self.program.need} is above program.cohort = "
+                f"{self.program.cohort}; no round could complete"
+            )
+        if self.program.name == "crosslm" and not self.llm.path:
+            raise ConfigError(f"{source}: program.name = 'crosslm' needs llm.path")
+        if len({family.name for family in self.families}) != len(self.families):
+            raise ConfigError(f"{source}: two families have the same name")
+
+    def resolved(self, folder: Path) -> "CoordinatorConfig":
+        """Return the same settings with every path made absolute, starting at `folder`."""
+
+        def absolute(path: str) -> str:
+            return str(folder / Path(path).expanduser()) if path else ""
+
+        replace = msgspec.structs.replace
+        return replace(
+            self,
+            service=replace(
+                self.service,
+                state_dir=absolute(self.service.state_dir),
+                password_file=absolute(self.service.password_file),
+                ca_file=absolute(self.service.ca_file),
+            ),
+            families=tuple(replace(f, path=absolute(f.path)) for f in self.families),
+            llm=replace(self.llm, path=absolute(self.llm.path)),
+            public=replace(self.public, path=absolute(self.public.path)),
+            evaluation=replace(self.evaluation, path=absolute(self.evaluation.path)),
+        )
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a settings or secret file.
+
+    Raises:
+        ConfigError: missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path} is over {MAX_CONFIG_BYTES} bytes; is it really a settings file?")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text: byte {exc.start} is wrong") from exc

@@ -1,0 +1,262 @@
+"""The coordinator as one running service: opens everything, waits for devices, runs the program.
+
+Knows the order of a life: keys, link, first bundle, cohort, program, report. Does not know any
+algorithm (`assembly.py` builds it) nor how messages travel.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Self, TextIO
+from urllib.parse import quote
+
+from coordinator.algorithms.fedavg import mean_accuracy, measured
+from coordinator.config import CoordinatorConfig, FamilySection, read_text
+from coordinator.desk import Desk
+from coordinator.events import Events
+from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
+from coordinator.runner import Runner
+from edge_sdk.link.base import Link
+from edge_sdk.link.courier import Courier
+from edge_sdk.link.mqtt import MqttLink
+from edge_sdk.wire.enrolment import sign_bundle
+from exporters.slm import export_slm
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+"""Name of each family's first release, before any round."""
+KEYS_LAST_S = 30 * 86_400
+KEYS_RENEW_S = 86_400
+"""The retained key bundle lasts a month and is signed anew every day."""
+LOOK_AGAIN_S = 0.5
+"""How often the service looks for new devices and changed byte counts."""
+
+
+class Service:
+    """A coordinator that serves until `stop` or until its program is done."""
+
+    def __init__(
+        self,
+        config: CoordinatorConfig,
+        *,
+        link: Link | None = None,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`link` replaces the broker of the settings; events are written to `stream`."""
+        self.config = config
+        self.desk = Desk(config, now=now)
+        self.registry = self.desk.registry()
+        self.registry.prepare()
+        self.events = Events(now, stream=stream, store=self.desk.store)
+        self.runner = Runner(
+            self.desk.store, self.desk.fleet, self.registry, self.events, task=config.task
+        )
+        self.courier = Courier(
+            link or link_of(config),
+            self.desk.mailbox,
+            self.desk.identity,
+            tenant=config.service.tenant,
+            me="coordinator",
+            lookup=self.desk.fleet.lookup,
+            now=now,
+            rng=rng or random.Random(),
+            accept=self.runner.accept,
+            admit=self.desk.fleet.admit,
+            progress=self.runner.progress,
+        )
+        self._now = now
+        self._stop = threading.Event()
+        self._announced = 0.0
+        self._bytes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
+
+    @classmethod
+    def from_config(cls, path: str | Path, **options: Any) -> Self:
+        """Return the service that the settings file describes.
+
+        Raises:
+            ConfigError: a bad setting; nothing was started.
+        """
+        return cls(CoordinatorConfig.load(path), **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stop(self) -> None:
+        """Ask `serve` to end; safe from a signal handler and from other threads."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Close link and database; what is unfinished resumes at the next start."""
+        self._stop.set()
+        self.runner.close()
+        self.courier.close()
+        self.desk.close()
+
+    # --- the life -----------------------------------------------------------------------------
+
+    def serve(self, *, stay: bool = False) -> bool:
+        """Run the whole life; return whether the program reached its end.
+
+        `stay`: go on answering devices afterwards, until `stop`.
+
+        Raises:
+            FleetError: what ended the program, or a failed export of the first bundle.
+        """
+        self.start()
+        family = self.config.families[0]
+        base = self.publish_base(family)
+        cohort = self.wait_for_devices(family.name)
+        if not cohort or not self._run(self._offering(base, cohort), f"offer-{_crowd(cohort)}"):
+            return False
+        with self.events.stage("load"):
+            from coordinator.assembly import program_of  # torch is loaded only now
+
+            factory = program_of(self.config, self.desk.folder, base.release, cohort, self.events)
+        if not self._run(factory, self.config.program.name):
+            return False
+        self._report(family.name)
+        while stay and not self._stop.wait(LOOK_AGAIN_S):
+            self._tick()
+        return True
+
+    def start(self) -> None:
+        """Connect, announce the keys and take mail from now on."""
+        self.courier.start()
+        self.runner.start_mail(self.courier)
+        self._announce()
+        self.events("started", tenant=self.config.service.tenant)
+
+    def publish_base(self, family: FamilySection) -> Release:
+        """Return the family's first release, exported and signed now if there is none yet.
+
+        Raises:
+            ExportError: the model cannot be exported, or does not agree with torch.
+        """
+        found = self.registry.release(family.name, BASE)
+        if found is not None:
+            return found
+        folder = bundle_folder(self.desk.folder, family.name, BASE)
+        with self.events.stage("export", family=family.name, release=BASE):
+            if not folder.exists():
+                export_slm(
+                    Path(family.path),
+                    folder,
+                    family=family.name,
+                    release=BASE,
+                    task=self.config.task,
+                )
+            release = self.registry.publish(Publish(family.name, BASE, folder))
+        self.events("published", family=family.name, release=BASE)
+        return release
+
+    def wait_for_devices(self, family: str) -> tuple[str, ...]:
+        """Return the cohort once enough devices are enrolled; empty if stopped before."""
+        wanted = self.config.program.cohort
+        with self.events.stage("enrolment", wanted=wanted):
+            while not self._stop.is_set():
+                cohort = self.desk.fleet.active(family)
+                if len(cohort) >= wanted:
+                    return cohort
+                self._tick()
+                self._stop.wait(LOOK_AGAIN_S)
+        return ()
+
+    def _run(self, factory: ProgramFactory, run: str) -> bool:
+        with self.events.stage(run):
+            thread = self.runner.start(factory, run=run)
+            while thread.is_alive() and not self._stop.is_set():
+                self._tick()
+                thread.join(LOOK_AGAIN_S)
+        if self.runner.failure is not None:
+            raise self.runner.failure
+        return self.desk.store.finished(run)
+
+    def _offering(self, base: Release, cohort: tuple[str, ...]) -> ProgramFactory:
+        def program(resume: Commit | None) -> Program:
+            return offering(base, cohort, self.config.program.within_s)
+
+        return program
+
+    def _tick(self) -> None:
+        if self._now() - self._announced > KEYS_RENEW_S:
+            self._announce()
+        counted = (self.courier.bytes_up, self.courier.bytes_down)
+        if counted != self._bytes:
+            self._bytes = counted
+            self.events("bytes", up=counted[0], down=counted[1])
+
+    def _announce(self) -> None:
+        self._announced = self._now()
+        self.courier.announce_keys(
+            sign_bundle(
+                self.desk.root,
+                self.desk.identity.public,
+                tenant=self.config.service.tenant,
+                version=int(self._announced),  # grows with the clock, over restarts too
+                expires_s=int(self._announced) + KEYS_LAST_S,
+            )
+        )
+
+    def _report(self, family: str) -> None:
+        self._tick()
+        promoted = self.registry.promoted(family)
+        self.events(
+            "done",
+            family=family,
+            release=promoted.release if promoted else None,
+            devices=[d.device for d in self.desk.fleet.list()],
+            bytes_by_device={
+                d.device: dict(zip(("up", "down"), self.courier.bytes_of(d.device), strict=True))
+                for d in self.desk.fleet.list()
+            },
+        )
+
+
+def offering(
+    release: Release, cohort: tuple[str, ...], within_s: float
+) -> Generator[Any, Any, None]:
+    """The program before the program: every device gets `release` and measures it."""
+    reports = yield from measured(Ask(release.offer(), cohort, len(cohort), within_s))
+    yield Note({"baseline": True, "accuracy": mean_accuracy(reports), "devices": len(reports)})
+    yield Commit(0, {})
+
+
+def bundle_folder(folder: Path, family: str, release: str) -> Path:
+    """Return where a release is exported to before it is signed."""
+    return folder / "bundles" / family / release
+
+
+def link_of(config: CoordinatorConfig) -> MqttLink:
+    """Return the link to the broker of the settings.
+
+    Raises:
+        ConfigError: the password file cannot be read, or the url is wrong.
+    """
+    service = config.service
+    url = service.broker
+    if service.password_file:
+        lines = read_text(Path(service.password_file)).splitlines()
+        password = lines[0].strip() if lines else ""
+        scheme, _, rest = url.partition("://")
+        url = f"{scheme}://{quote(service.username, safe='')}:{quote(password, safe='')}@{rest}"
+    return MqttLink(
+        url,
+        client_id=service.username,
+        ca=service.ca_file or None,
+        mqtt_version=service.mqtt_version,
+    )
+
+
+def _crowd(cohort: tuple[str, ...]) -> str:
+    # Another cohort is offered the bundle anew, under another run.
+    return sha256("\n".join(cohort).encode()).hexdigest()[:12]
