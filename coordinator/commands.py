@@ -88,14 +88,14 @@ def _init(arguments: argparse.Namespace) -> int:
     path = arguments.folder / CONFIG
     if path.exists():
         raise ConfigError(f"{path} exists; edit it, or choose another folder")
-    values = {"service.tenant": arguments.tenant, **_TASK}
+    values = {"service.tenant": arguments.tenant, "llm.path": "models/llm", **_TASK}
     text = template(CoordinatorConfig, values) + _FAMILIES
     try:
         arguments.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as exc:
         raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
-    config = CoordinatorConfig.load(path, {"program.name": "fedavg"})
+    config = CoordinatorConfig.load(path)
     with Desk(config) as desk:
         key = desk.root.public.sign_id.hex()
     _show(

@@ -221,6 +221,21 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
         if len({family.name for family in self.families}) != len(self.families):
             raise ConfigError(f"{source}: two families have the same name")
 
+    def check_paths(self) -> None:
+        """Check that every model folder and text file is there.
+
+        Raises:
+            ConfigError: one is not; names the key.
+        """
+        folders = {f"families.{family.name}.path": family.path for family in self.families}
+        folders["llm.path"] = self.llm.path
+        for key, path in folders.items():
+            if path and not (Path(path) / "config.json").is_file():
+                raise ConfigError(f"{key} = {path!r} is no Hugging Face folder: no config.json")
+        for key, section in (("public.path", self.public), ("evaluation.path", self.evaluation)):
+            if section.path and not Path(section.path).is_file():
+                raise ConfigError(f"{key} = {section.path!r} is not a file")
+
     def resolved(self, folder: Path) -> "CoordinatorConfig":
         """Return the same settings with every path made absolute, starting at `folder`."""
 

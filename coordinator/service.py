@@ -50,6 +50,7 @@ class Service:
         rng: random.Random | None = None,
     ) -> None:
         """`link` replaces the broker of the settings; events are written to `stream`."""
+        config.check_paths()
         self.config = config
         self.desk = Desk(config, now=now)
         self.registry = self.desk.registry()
