@@ -45,7 +45,6 @@ class Results:
     facts: dict[str, str]
     devices: list[DeviceResult]
     llm: list[tuple[str, float]]
-    llm_examples: int
     rounds: list[dict[str, float]]
     stages: dict[str, float]
     releases: list[dict[str, str]]
@@ -227,9 +226,7 @@ def esc(text: str) -> str:
 def html_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     head = "".join(f"<th>{esc(c)}</th>" for c in columns)
     body = "".join(f"<tr>{''.join(f'<td>{esc(c)}</td>' for c in row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def tile(value: str, text: str) -> str:
@@ -253,7 +250,10 @@ def page(results: Results) -> str:
     accuracy = [
         (
             d.name,
-            [(d.before, "a", f"{percent(d.before)} before"), (d.after, "b", f"{percent(d.after)} after")],
+            [
+                (d.before, "a", f"{percent(d.before)} before"),
+                (d.after, "b", f"{percent(d.after)} after"),
+            ],
         )
         for d in devices
     ]
