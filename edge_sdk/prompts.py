@@ -115,12 +115,18 @@ class TaskPrompts:
         return self._frame(text[:low])
 
 
+MAX_ROWS = 32
+"""Most rows of a batch: onnxruntime-genai takes no more."""
+
+
 def batches(rows: Sequence[Tokens], *, tokens: int) -> Iterator[list[int]]:
-    """Row numbers in batches of similar length, each at most `tokens` when padded (or one row)."""
+    """Row numbers in batches of similar length, each at most MAX_ROWS rows and, when padded, at
+    most `tokens` (or one row)."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     group: list[int] = []
     for i in order:
-        if group and len(rows[i]) * (len(group) + 1) > tokens:
+        full = len(group) == MAX_ROWS or len(rows[i]) * (len(group) + 1) > tokens
+        if group and full:
             yield group
             group = []
         group.append(i)

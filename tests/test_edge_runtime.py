@@ -56,6 +56,10 @@ def test_a_batch_gives_what_each_text_gives_alone(session: SlmSession) -> None:
     np.testing.assert_allclose(together.sum(axis=1), 1.0, atol=1e-5)
 
 
+def test_more_short_texts_than_the_runtime_takes_at_once(session: SlmSession) -> None:
+    assert session.label_probabilities(["list"] * 70).shape[0] == 70
+
+
 def test_scores_are_the_labels_probabilities(session: SlmSession) -> None:
     everything = session.label_probabilities(TEXTS)
 
