@@ -137,13 +137,18 @@ class FakeDevice:
     """A device that answers each message with what `behave` says; its store is real."""
 
     def __init__(
-        self, name: str, folder: Path, broker: MemoryBroker, coordinator: Identity
+        self,
+        name: str,
+        folder: Path,
+        broker: MemoryBroker,
+        coordinator: Identity,
+        identity: Identity | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
         self.name, self.behave = name, obedient
         self.seen: list[AnyMessage] = []
         self.mailbox = Mailbox(folder / f"{name}.db")
-        self.identity = Identity.generate()
+        self.identity = identity or Identity.generate()
         self.courier = Courier(
             broker.link(name),
             self.mailbox,
