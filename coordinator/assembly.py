@@ -24,7 +24,7 @@ from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
 from edge_sdk.train.lora import Factors, LoraSpec
 from exporters.bundle import read_manifest, write_adapter_release
-from exporters.slm import export_slm
+from exporters.slm import SlmOptions, export_slm
 
 DTYPE = torch.float32
 """Type of the models here. 16 bits would halve memory; on CPUs without it, 32 is much faster."""
@@ -189,6 +189,7 @@ def _model_packager(
                 family=family.name,
                 release=release,
                 task=config.task,
+                options=SlmOptions(accuracy_level=family.accuracy_level),
                 lineage={"program": config.program.name, "rounds": str(config.program.rounds)},
             )
         return out

@@ -112,6 +112,8 @@ _FAMILIES = """
 [[families]]
 name = "slm"
 path = "models/slm"
+# 4 multiplies in 8 bits on devices (fast), 1 in 32 bits (exact). Allowed: 1 or 4.
+# accuracy_level = 4
 """
 
 

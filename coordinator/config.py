@@ -162,6 +162,10 @@ class FamilySection(Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[
         str, Meta(min_length=1, max_length=4096, description="Its Hugging Face folder.")
     ]
+    accuracy_level: Annotated[
+        Literal[1, 4],
+        Meta(description="4 multiplies in 8 bits on devices (fast), 1 in 32 bits (exact)."),
+    ] = 4
 
 
 class TextsSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -24,7 +24,7 @@ from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
 from edge_sdk.link.mqtt import MqttLink
 from edge_sdk.wire.enrolment import sign_bundle
-from exporters.slm import export_slm
+from exporters.slm import SlmOptions, export_slm
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +155,7 @@ class Service:
                     family=family.name,
                     release=BASE,
                     task=self.config.task,
+                    options=SlmOptions(accuracy_level=family.accuracy_level),
                 )
             release = self.registry.publish(Publish(family.name, BASE, folder))
         self.events("published", family=family.name, release=BASE)

@@ -43,7 +43,7 @@ FAMILY = "slm-a"
 MAX_DEVICES = 4
 """The published split's clients 0 to 3 play the devices."""
 CODE_HOURS = 1
-SILENCE_S = 120.0
+SILENCE_S = 300.0
 """A fleet that says nothing for this long is stuck; every stage reports more often."""
 PROCESS_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """One thread a process: four devices and a coordinator share the machine's cores."""

@@ -82,8 +82,12 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def device_rows(results: Results) -> list[list[str]]:
-    """Rows of the main table, one per device and one for the LLM."""
+LEARNING = ("who", "model", "before", "after", "points", "tokens/s", "peak MB")
+SENDING = ("who", "updates", "as float32", "sent", "fewer", "fidelity")
+
+
+def learning_rows(results: Results) -> list[list[str]]:
+    """Rows under LEARNING: one per device, and one for the LLM."""
     rows = [
         [
             d.name,
@@ -91,10 +95,6 @@ def device_rows(results: Results) -> list[list[str]]:
             percent(d.before),
             percent(d.after),
             f"{100 * (d.after - d.before):+.1f}",
-            size(d.raw_bytes),
-            size(d.sent_bytes),
-            f"{d.raw_bytes / max(d.sent_bytes, 1):.0f}x",
-            f"{mean(d.cosine):.2f}",
             f"{d.tokens_per_s:,.0f}",
             f"{d.peak_mb:.0f}",
         ]
@@ -103,38 +103,57 @@ def device_rows(results: Results) -> list[list[str]]:
     if results.llm:
         first, last = results.llm[0][1], results.llm[-1][1]
         gain = f"{100 * (last - first):+.1f}"
-        rows.append(["coordinator", "LLM", percent(first), percent(last), gain, *[""] * 6])
+        rows.append(["coordinator", "LLM", percent(first), percent(last), gain, "", ""])
     return rows
 
 
-COLUMNS = (
-    "who",
-    "model",
-    "before",
-    "after",
-    "points",
-    "update raw",
-    "update sent",
-    "fewer",
-    "fidelity",
-    "tokens/s",
-    "peak MB",
-)
+def sending_rows(results: Results) -> list[list[str]]:
+    """Rows under SENDING: one per device, and their sum."""
+    rows = [
+        [
+            d.name,
+            str(len(d.cosine)),
+            size(d.raw_bytes),
+            size(d.sent_bytes),
+            f"{d.raw_bytes / max(d.sent_bytes, 1):.0f}x",
+            f"{mean(d.cosine):.2f}",
+        ]
+        for d in results.devices
+    ]
+    rows.append(
+        [
+            "all",
+            str(sum(len(d.cosine) for d in results.devices)),
+            size(results.raw_bytes),
+            size(results.sent_bytes),
+            f"{results.raw_bytes / max(results.sent_bytes, 1):.0f}x",
+            f"{mean([c for d in results.devices for c in d.cosine]):.2f}",
+        ]
+    )
+    return rows
+
+
+def stage_rows(results: Results) -> list[list[str]]:
+    """Stages and their seconds, the longest first."""
+    return [[k, f"{v:.1f}"] for k, v in sorted(results.stages.items(), key=lambda kv: -kv[1])]
 
 
 def terminal(results: Results) -> Group:
-    """The two tables printed at the end of the demo."""
-    main = Table(title=results.title, title_justify="left")
-    for i, name in enumerate(COLUMNS):
-        main.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
-    for row in device_rows(results):
-        main.add_row(*row)
-    stages = Table(title="Seconds per stage (summed over processes)", title_justify="left")
-    stages.add_column("stage")
-    stages.add_column("seconds", justify="right")
-    for name, seconds in sorted(results.stages.items(), key=lambda kv: -kv[1]):
-        stages.add_row(name, f"{seconds:.1f}")
-    return Group(main, stages)
+    """The tables printed at the end of the demo."""
+    return Group(
+        _table(results.title, LEARNING, learning_rows(results)),
+        _table("What left the devices", SENDING, sending_rows(results)),
+        _table("Seconds per stage, summed over processes", ("stage", "s"), stage_rows(results)),
+    )
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", min_width=min(len(title) + 4, 76))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 # --- the page -----------------------------------------------------------------------------------
@@ -152,8 +171,8 @@ h2{font-size:1.1rem;margin:2.25rem 0 .5rem}p{color:var(--soft);margin:.25rem 0 1
 .tile b{display:block;font-size:1.5rem;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);
 font-size:.86rem}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem;
 font-variant-numeric:tabular-nums}th,td{padding:.45rem .6rem;border-bottom:1px solid var(--line);
-text-align:right;white-space:nowrap}th{color:var(--soft);font-weight:600}td:nth-child(-n+2),
-th:nth-child(-n+2){text-align:left}svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);
+text-align:right;white-space:nowrap}th{color:var(--soft);font-weight:600}td:first-child,
+th:first-child{text-align:left}svg{width:100%;height:auto;display:block}svg text{fill:var(--ink);
 font:13px system-ui,sans-serif}svg .soft{fill:var(--soft)}.key i{display:inline-block;width:.8em;height:.8em;
 border-radius:2px;margin:0 .35em 0 1em}footer{margin-top:3rem;color:var(--soft);font-size:.85rem}
 """
@@ -290,7 +309,7 @@ def page(results: Results) -> str:
 <p>Each device trained on its own text; only sealed, encoded adapter updates left it. Accuracies are
 measured on each device's own held-out text, in ONNX Runtime.</p>
 <div class="tiles">{"".join(tiles)}</div>
-<h2>Results</h2>{html_table(COLUMNS, device_rows(results))}
+<h2>Results</h2>{html_table(LEARNING, learning_rows(results))}
 <h2>Accuracy per device</h2><p class="key"><i style="background:var(--a)"></i>before
 <i style="background:var(--b)"></i>after</p>
 {bar_chart(accuracy, 1.0, "accuracy per device before and after")}
@@ -298,6 +317,7 @@ measured on each device's own held-out text, in ONNX Runtime.</p>
 <h2>Bytes of the updates</h2>
 <p>Payload of all updates of a device, against the same numbers as plain float32. On the wire, headers,
 models and synthetic data included: {size(results.wire_up)} up, {size(results.wire_down)} down.</p>
+{html_table(SENDING, sending_rows(results))}<br>
 {bar_chart(sent, max((float(d.raw_bytes) for d in devices), default=1.0), "bytes per device")}
 <h2>Rounds</h2>{html_table(round_columns, round_rows)}
 <h2>Releases</h2>{html_table(release_columns, release_rows)}
