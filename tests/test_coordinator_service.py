@@ -1,0 +1,177 @@
+"""The service's whole life with real devices, models and signatures over the memory broker."""
+
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from coordinator_world import until
+from edge_world import TASK, example_set
+from edge_world import config as edge_config
+from exporters_tiny import save_tiny
+
+from coordinator.config import CoordinatorConfig
+from coordinator.service import Service
+from edge_sdk.agent import EdgeDevice
+from edge_sdk.link.memory import MemoryBroker
+from edge_sdk.wire.config_rules import parse_toml
+
+SETTINGS = """
+[service]
+tenant = "home"
+state_dir = "{folder}/cloud"
+threads = 1
+[program]
+name = "{name}"
+cohort = 2
+rounds = 2
+within_s = 60.0
+samples = 8
+tau = 0.0
+max_new_tokens = 8
+distil_steps = 2
+[adapter]
+rank = 2
+alpha = 4.0
+targets = ["q_proj"]
+steps = 2
+batch = 2
+[llm]
+path = "{folder}/llm"
+rank = 2
+alpha = 4.0
+targets = ["q_proj"]
+steps = 1
+batch = 4
+[[families]]
+name = "tiny"
+path = "{folder}/slm"
+accuracy_level = 1
+[evaluation]
+path = "{folder}/judged.jsonl"
+[task]
+name = "kind"
+prompt = "Request: {{text}}\\nKind:"
+generation_prompt = "A request ({{label}}):"
+labels = ["open", "list", "name"]
+words = [" open", " list", " name"]
+"""
+
+
+class Life:
+    """A service and two devices; `events` are what the service wrote."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.broker, self.name = folder, MemoryBroker(), name
+        save_tiny(folder / "slm")
+        save_tiny(folder / "llm", hidden_size=32, intermediate_size=48)
+        lines = [json.dumps({"text": e.text, "label": e.label}) for e in example_set(2)]
+        (folder / "judged.jsonl").write_text("\n".join(lines))
+        self.stream = io.StringIO()
+        self.devices: list[EdgeDevice] = []
+        self._closing = False
+        self._stepping = threading.Thread(target=self._step)
+        self.open()
+
+    def open(self) -> Service:
+        text = SETTINGS.format(folder=self.folder, name=self.name)
+        config = parse_toml(text, CoordinatorConfig, "test")
+        self.service = Service(config, link=self.broker.link("coordinator"), stream=self.stream)
+        return self.service
+
+    def enrol(self, name: str) -> EdgeDevice:
+        device = EdgeDevice(
+            edge_config(self.folder / name, f"[train]\nthreads = 1\nseed = {len(self.devices)}"),
+            link=self.broker.link(name),
+        )
+        self.devices.append(device)
+        device.add_examples(example_set(6))
+        device.enrol(self.service.desk.token(name, lasts_s=600).to_text())
+        if len(self.devices) == 2:
+            self._stepping.start()
+        return device
+
+    def _step(self) -> None:
+        # In turn: loading a model in two threads of one process is not safe in transformers.
+        while not self._closing:
+            for device in self.devices:
+                device.step(timeout_s=0.02)
+
+    def told(self, name: str) -> list[dict[str, object]]:
+        lines = [json.loads(line) for line in self.stream.getvalue().splitlines()]
+        return [line for line in lines if line["event"] == name]
+
+    def close(self) -> None:
+        self._closing = True
+        if self._stepping.is_alive():
+            self._stepping.join()
+        for device in self.devices:
+            device.close()
+        self.service.close()
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Callable[[str], Life]]:
+    lives: list[Life] = []
+
+    def open_life(name: str) -> Life:
+        lives.append(Life(tmp_path, name))
+        return lives[-1]
+
+    yield open_life
+    for life in lives:
+        life.close()
+
+
+def test_crosslm_from_enrolment_to_the_last_release(live: Callable[[str], Life]) -> None:
+    life = live("crosslm")
+    outcome: list[object] = []
+
+    def serve() -> None:
+        try:
+            outcome.append(life.service.serve())
+        except BaseException as exc:
+            outcome.append(exc)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    until(lambda: life.told("started"))
+    devices = [life.enrol("kitchen-1"), life.enrol("garage-1")]
+    thread.join(120)
+
+    assert outcome == [True]
+    assert life.service.registry.promoted("tiny").release == "base-distilled"
+    lineage = [line["release"] for line in life.service.registry.lineage("tiny")]
+    assert lineage == ["base", "base-crosslm-1", "base-distilled"]
+    assert {device.status()["release"] for device in devices} == {"base-distilled"}
+    notes = life.told("note")
+    assert [note.get("round") for note in notes] == [None, 0, 1]
+    assert "llm_accuracy" in notes[-1]
+    assert life.told("llm")[0]["stage"] == "before"
+    done = life.told("done")[0]
+    assert done["devices"] == ["garage-1", "kitchen-1"]
+    assert all(counted["up"] > 0 for counted in done["bytes_by_device"].values())
+    assert life.told("reply_refused") == []
+    assert TASK.labels == life.service.config.task.labels
+
+
+def test_a_stopped_service_goes_on_where_it_was(live: Callable[[str], Life]) -> None:
+    life = live("fedavg")
+    thread = threading.Thread(target=life.service.serve)
+    thread.start()
+    until(lambda: life.told("started"))
+    life.enrol("kitchen-1")
+    life.enrol("garage-1")
+    until(lambda: life.told("committed") and life.told("published"), 60)
+    life.service.stop()
+    thread.join(60)
+    life.service.close()
+
+    done = life.open().serve()
+
+    assert done
+    steps = [(e["run"], e["step"]) for e in life.told("committed")]
+    assert len(steps) == len(set(steps)) == 3  # the offer and two rounds, each once
+    assert life.service.registry.promoted("tiny").release == "base-fedavg-2"
