@@ -72,6 +72,20 @@ def check_reply(reply: AnyMessage, expected: Expected) -> None:
         raise RemoteProtocolError(f"a figure in this {kind} is not finite")
 
 
+def figures(message: AnyMessage) -> dict[str, object]:
+    """Return the figures of a reply that an event may show: no codes, no texts, no scores."""
+    shown = {}
+    for name in ("release", "round", "accuracy", "examples", "raw_bytes", "cosine", "seconds"):
+        if hasattr(message, name):
+            shown[name] = getattr(message, name)
+    for name in ("tokens_per_s", "peak_mb"):
+        if hasattr(message, name):
+            shown[name] = round(getattr(message, name), 2)
+    if hasattr(message, "codes"):
+        shown["sent_bytes"] = len(message.codes)
+    return shown
+
+
 def _numbers(reply: AnyMessage) -> list[float]:
     if isinstance(reply, Scores):
         return list(reply.scores)

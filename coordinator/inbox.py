@@ -1,0 +1,186 @@
+"""What devices send: replies to keep until a Commit uses them, wishes for files, enrolments.
+
+Knows letters, which task each reply answers and what is refused. Does not know programs; they take
+what waits here through `runner.py`. Lock order: `changed` before the database, never after.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from coordinator.events import Events
+from coordinator.fleet import Fleet
+from coordinator.registry import Registry
+from coordinator.replies import Expected, check_reply, figures
+from coordinator.store import AskRow, Store
+from edge_sdk.errors import RemoteProtocolError, StorageError
+from edge_sdk.link.courier import Courier, part
+from edge_sdk.wire.messages import (
+    AnyMessage,
+    Enrol,
+    Enrolled,
+    File,
+    Refused,
+    TextTask,
+    WantFiles,
+    decode,
+)
+from edge_sdk.wire.seal import Header
+
+logger = logging.getLogger(__name__)
+
+MAIL_WAIT_S = 1.0
+"""The mail thread looks again after this long even if nobody called it."""
+REASON_CHARS = 300
+"""A device's reason is kept this far; it is shown to people, and a device may send 64 KiB."""
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A reply that no Commit has used yet. `checked`: the program's own check has passed."""
+
+    row: AskRow
+    letter: int
+    message: AnyMessage
+    checked: bool = False
+
+
+class Inbox:
+    """The coordinator's side of the mail. `waiting` is read and changed with `changed` held.
+
+    Attributes:
+        waiting: letter id -> reply that no Commit has used yet.
+        changed: notified when letters were taken.
+    """
+
+    def __init__(
+        self, store: Store, fleet: Fleet, registry: Registry, events: Events, *, task: TextTask
+    ) -> None:
+        self._store, self._fleet, self._registry, self._events = store, fleet, registry, events
+        self._task = task
+        self._courier: Courier | None = None
+        self._arrived = threading.Event()
+        self._last_letter = 0
+        self._closing = False
+        self.changed = threading.Condition()
+        self.waiting: dict[int, Waiting] = {}
+
+    def accept(self, header: Header, message: AnyMessage) -> None:
+        """Called inside the transaction that accepts a message: note who was heard of."""
+        self._fleet.seen(header.sender)
+        self._arrived.set()
+
+    def open(self, courier: Courier) -> None:
+        """Take the letters that an earlier process left."""
+        self._courier = courier
+        self._take_letters()
+
+    def close(self) -> None:
+        """Make `serve` return."""
+        self._closing = True
+        self._arrived.set()
+
+    def serve(self) -> None:
+        """Take letters as they come, until `close`."""
+        while not self._closing:
+            self._arrived.wait(MAIL_WAIT_S)
+            self._arrived.clear()
+            try:
+                self._take_letters()
+            except StorageError as exc:
+                logger.warning("the mail waits: %s", exc)
+
+    def _take_letters(self) -> None:
+        for letter, sender, data in self._store.letters(after=self._last_letter):
+            try:
+                self._take(letter, sender, data)
+            except StorageError:
+                raise  # the letter is tried again when there is room
+            except Exception:
+                logger.exception("a letter of %s failed unexpectedly; it stays unread", sender[:12])
+            self._last_letter = letter
+        with self.changed:
+            self.changed.notify_all()
+
+    def _take(self, letter: int, sender: str, data: bytes) -> None:
+        message: AnyMessage | None = None
+        try:
+            message = decode(data)
+            if isinstance(message, Enrol):
+                self._welcome(letter, message)
+            elif not self._fleet.is_active(sender):
+                raise RemoteProtocolError(f"{sender} is revoked or in quarantine")
+            elif isinstance(message, WantFiles):
+                self._serve_files(letter, sender, message)
+            elif isinstance(message, Refused):
+                self._note_refusal(letter, sender, message)
+            else:
+                self._keep_reply(letter, sender, message)
+        except RemoteProtocolError as exc:
+            self.refuse(letter, sender, message, str(exc))
+
+    def _welcome(self, letter: int, enrol: Enrol) -> None:
+        assert self._courier is not None
+        self._courier.forget(enrol.device)
+        answer = Enrolled(enrol.device, self._registry.root(), self._task)
+        with self._store.transaction():
+            self._courier.send(enrol.device, answer, task=enrol.token_id)
+            self._store.mailbox.mark_read(letter)
+        self._events(
+            "enrolled",
+            device=enrol.device,
+            families=list(enrol.families),
+            memory_mb=enrol.memory_mb,
+        )
+
+    def _serve_files(self, letter: int, sender: str, want: WantFiles) -> None:
+        assert self._courier is not None
+        files = [File(want.task_id, path, self._registry.read(path)) for path in want.paths]
+        with self._store.transaction():
+            for file in files:
+                task = part(want.task_id, file.path)
+                self._courier.send(sender, file, task=task)
+            self._store.mailbox.mark_read(letter)
+        self._events(
+            "files", device=sender, count=len(files), bytes=sum(len(f.data) for f in files)
+        )
+
+    def _note_refusal(self, letter: int, sender: str, refused: Refused) -> None:
+        row = self._row_of(sender, refused.task_id)
+        with self._store.transaction():
+            self._store.refuse(
+                letter, sender, row.kind, f"refused by the device: {refused.reason[:REASON_CHARS]}"
+            )
+            self._store.set_ask_state(row.ask, "refused")
+        self._events("refused", device=sender, kind=row.kind, reason=refused.reason[:REASON_CHARS])
+
+    def _keep_reply(self, letter: int, sender: str, message: AnyMessage) -> None:
+        row = self._row_of(sender, getattr(message, "task_id", ""))
+        check_reply(message, Expected.from_text(row.expected))
+        if self._store.finished(row.run):
+            self._store.refuse(letter, sender, row.kind, "too late to be of use")
+            return
+        with self.changed:
+            self.waiting[letter] = Waiting(row, letter, message)
+        self._events("reply", device=sender, kind=type(message).__name__, **figures(message))
+
+    def _row_of(self, sender: str, task: str) -> AskRow:
+        row = self._store.ask_of_task(task)
+        if row is None or row.device != sender:
+            raise RemoteProtocolError(
+                f"{sender} answers task {task[:80]!r}, which it was not given"
+            )
+        if row.state != "open":
+            raise RemoteProtocolError(f"{sender} answers task {task[:80]!r}, which is closed")
+        return row
+
+    def refuse(self, letter: int, device: str, message: AnyMessage | None, reason: str) -> None:
+        """Put a letter away unused, and count a fault of its sender."""
+        kind = type(message).__name__ if message is not None else "unreadable"
+        self._store.refuse(letter, device, kind, reason)
+        quarantined = self._fleet.fault(device)
+        logger.warning("refused a %s of %s: %s", kind, device[:12], reason)
+        self._events("reply_refused", device=device, kind=kind, reason=reason)
+        if quarantined:
+            logger.warning("%s is in quarantine; revoke it or enrol it again", device[:12])
+            self._events("quarantined", device=device)

@@ -1,0 +1,104 @@
+"""When an Ask is met: which waiting replies count for it, and when it cannot be met any more.
+
+Knows freshness, lateness and the program's own check. Does not know time or threads; the runner
+asks again whenever something arrived.
+
+A reply is *fresh* if it answers the very words of this Ask, whoever sent them first: this process
+or the one before a crash. It is *late* if it answers an earlier task of the same kind.
+"""
+
+from coordinator.fleet import Fleet
+from coordinator.inbox import Inbox, Waiting
+from coordinator.programs import LATE_STEPS, Ask
+from coordinator.store import AskRow, Store
+from edge_sdk.errors import FleetError, QuorumMissed
+
+Taken = list[tuple[Waiting, int]]
+"""Replies with their staleness."""
+
+
+def late_limit(kind: str) -> int:
+    """Return how many commits late a reply to a task of this kind may be, unless the Ask says."""
+    return LATE_STEPS if kind == "TrainAdapter" else 0
+
+
+class Quorum:
+    """One Ask being waited for. Its methods are called with `inbox.changed` held."""
+
+    def __init__(
+        self, ask: Ask, rows: dict[str, AskRow], inbox: Inbox, store: Store, fleet: Fleet
+    ) -> None:
+        self.ask = ask
+        self._rows, self._inbox, self._store, self._fleet = rows, inbox, store, fleet
+        first = next(iter(rows.values()))
+        self._run, self._kind = first.run, first.kind
+        limit = ask.max_staleness
+        self._limit = late_limit(self._kind) if limit is None else limit
+        self._count = 0
+
+    @property
+    def found(self) -> str:
+        """Say how many of how many replies are there."""
+        return f"{self._count} of {self.ask.need} useful replies to {self._kind}"
+
+    def met(self, used: frozenset[int]) -> Taken | None:
+        """Return the replies if they suffice, sorted by device, or None to go on waiting.
+
+        `used`: letters already delivered since the last Commit, not to be late for another Ask.
+
+        Raises:
+            QuorumMissed: every device has answered and it is not enough.
+        """
+        fresh, late = self._candidates(used)
+        # With need = everyone the round is synchronous: a late reply stands for nobody else's.
+        pool = fresh if self.ask.need == len(self._rows) else fresh + late
+        self._count = len({waiting.row.device for waiting, _ in pool})
+        if self._count >= self.ask.need:
+            return sorted(fresh + late, key=lambda pair: (pair[0].row.device, pair[0].letter))
+        if {waiting.row.device for waiting, _ in fresh} | self._lost() >= self._rows.keys():
+            raise QuorumMissed(
+                f"{self.found}: every device answered, the others refused; "
+                "retry, skip the step or ask others"
+            )
+        return None
+
+    def _candidates(self, used: frozenset[int]) -> tuple[Taken, Taken]:
+        numbers = {row.ask for row in self._rows.values()}
+        fresh: Taken = []
+        late: Taken = []
+        for waiting in list(self._inbox.waiting.values()):
+            row = waiting.row
+            if row.ask in numbers:
+                if self._passes(waiting):
+                    fresh.append((waiting, 0))
+                continue
+            if self._limit == 0 or waiting.letter in used:
+                continue
+            if (row.run, row.kind) != (self._run, self._kind):
+                continue
+            staleness = self._store.commits_since(row.run, row.step)
+            if staleness <= self._limit and self._passes(waiting):
+                late.append((waiting, staleness))
+        return fresh, late
+
+    def _passes(self, waiting: Waiting) -> bool:
+        if waiting.checked or self.ask.check is None:
+            return True
+        try:
+            self.ask.check(waiting.row.device, waiting.message)
+        except (FleetError, ValueError) as exc:
+            self._inbox.refuse(waiting.letter, waiting.row.device, waiting.message, str(exc))
+            self._store.set_ask_state(waiting.row.ask, "refused")
+            del self._inbox.waiting[waiting.letter]
+            return False
+        waiting.checked = True
+        return True
+
+    def _lost(self) -> set[str]:
+        """Devices whose task is no longer open, or that may not take part any more."""
+        lost = set()
+        for device, row in self._rows.items():
+            now = self._store.ask_of_task(row.task)
+            if now is None or now.state != "open" or not self._fleet.is_active(device):
+                lost.add(device)
+        return lost
