@@ -49,15 +49,13 @@ def main(folder: Path, rounds: int) -> None:
     devices = []
     for name in DEVICES:
         identity = kept_identity(folder / f"{name}.key")
-        device = FakeDevice(name, folder, broker, coordinator.identity, identity)
 
         def behave(message: AnyMessage, name: str = name) -> list[AnyMessage]:
             if not isinstance(message, TrainAdapter):
                 return []
             return [update(message, examples=value(name, message.round))]
 
-        device.behave = behave
-        devices.append(device)
+        devices.append(FakeDevice(name, folder, broker, coordinator.identity, identity, behave))
         if coordinator.fleet.get(name) is None:
             code = coordinator.fleet.token(name, root_key_hash=bytes(32))
             public = identity.public

@@ -143,9 +143,10 @@ class FakeDevice:
         broker: MemoryBroker,
         coordinator: Identity,
         identity: Identity | None = None,
+        behave: Behaviour | None = None,
     ) -> None:
         folder.mkdir(exist_ok=True)
-        self.name, self.behave = name, obedient
+        self.name, self.behave = name, behave or obedient
         self.seen: list[AnyMessage] = []
         self.mailbox = Mailbox(folder / f"{name}.db")
         self.identity = identity or Identity.generate()
