@@ -43,9 +43,16 @@ FAMILY = "slm-a"
 MAX_DEVICES = 4
 """The published split's clients 0 to 3 play the devices."""
 CODE_HOURS = 1
+PUBLIC_PER_SAMPLE = 4
+"""Unlabelled public requests the coordinator reads for each text its LLM writes."""
 SILENCE_S = 300.0
 """A fleet that says nothing for this long is stuck; every stage reports more often."""
-PROCESS_ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+PROCESS_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 """One thread a process: four devices and a coordinator share the machine's cores."""
 
 SYMBIONT = (sys.executable, "-m", "edge_sdk")
@@ -76,6 +83,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--steps", type=int, default=60, help="optimizer steps a round (default 60)"
     )
+    parser.add_argument("--samples", type=int, default=128, help="texts the LLM writes a round")
     parser.add_argument("--work", type=Path, default=Path(".symbiont-demo"), help="working folder")
     parser.add_argument("--report", type=Path, default=Path("demo-report.html"), help="report file")
     parser.add_argument(
@@ -256,6 +264,7 @@ name = "crosslm"
 cohort = {len(self.names)}
 rounds = {self.arguments.rounds}
 seed = {self.arguments.seed}
+samples = {self.arguments.samples}
 
 [adapter]
 steps = {self.arguments.steps}
@@ -269,6 +278,7 @@ path = "{materialize(FAMILY)}"
 
 [public]
 path = "{DATA / "dolly_public.jsonl.xz"}"
+most = {PUBLIC_PER_SAMPLE * self.arguments.samples}
 
 [evaluation]
 path = "{DATA / "dolly_test.jsonl.xz"}"
