@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A command is a function `run(arguments) -> int | None` set as the parser's default `run`.
     """
-    parser = _parser()
+    parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments) or DONE)
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, with every group that is installed."""
     parser = argparse.ArgumentParser(
         prog="symbiont",
         description="Small models on devices and a large one in the cloud teach each other; "

@@ -35,7 +35,6 @@ from rich.console import Console
 from edge_sdk.errors import ConfigError, FleetError
 from edge_sdk.link.broker import Broker, start_broker
 from examples.live_view import LiveView
-from examples.models import materialize
 from examples.report import DeviceResult, Results, mean, terminal, write_html
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -244,6 +243,8 @@ held_out = 0.2
         )
 
     def _prepare_coordinator(self, login: Any) -> None:
+        from examples.models import materialize  # loads torch
+
         folder = self.work / "coordinator"
         folder.mkdir(mode=0o700)
         url, user, password = login
