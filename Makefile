@@ -8,7 +8,7 @@ DEMO_ARGS ?=
 .PHONY: demo test check format clean
 
 demo: $(READY)
-	$(BIN)/symbiont demo $(DEMO_ARGS)
+	$(BIN)/python -m edge_sdk demo $(DEMO_ARGS)
 
 test: $(READY)
 	sh tests/system_packages.sh

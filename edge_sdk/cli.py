@@ -18,8 +18,13 @@ from edge_sdk.errors import ConfigError, FleetError
 GROUP = "symbiont.commands"
 DONE, FAILED, MISUSE, INTERRUPTED = 0, 1, 2, 130
 
-EXTRAS = {"edge": "infer", "coordinator": "coordinator", "export": "export", "demo": "coordinator"}
-"""The extra that a group of commands needs, by its entry point's name."""
+ADVICE = {
+    "edge": "needs an extra: pip install 'symbiont[infer]'",
+    "coordinator": "needs an extra: pip install 'symbiont[coordinator]'",
+    "export": "needs an extra: pip install 'symbiont[export]'",
+    "demo": "runs in a clone of the repository: make demo",
+}
+"""What to do when a group of commands cannot be loaded, by its entry point's name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +71,7 @@ def _register(
     try:
         point.load().register(subparsers)
     except ImportError as exc:
-        extra = EXTRAS.get(point.name, point.name)
-        advice = f"needs an extra: pip install 'symbiont[{extra}]'"
+        advice = ADVICE.get(point.name, "is not installed completely")
         absent = subparsers.add_parser(point.name, help=advice, add_help=False)
         absent.add_argument("anything", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         reason = f"`symbiont {point.name}` {advice} ({exc})"

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.errors import DataError, FleetError
 from edge_sdk.train.lora import Adapter, Factors
-from edge_sdk.train.text_task import Sequences, TaskReader, token_log_probs
+from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded, token_log_probs
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ Weighted = tuple[str, str, float]
 
 Progress = Callable[[int, int, float], None]
 """Called after each step with steps done, steps in all, and the step's loss."""
+
+BALANCE = 0.5
+"""Power of a device's own label shares that training takes out of the answer (0: none, 1: all).
+Devices see few of the labels; without this each learns to say its common ones, and their mean too.
+The shares stay on the device."""
 
 CLIP_NORM = 1.0
 WARM_UP_SHARE = 0.1
@@ -59,18 +64,23 @@ def train_adapter(
     seed: int,
     synthetic: Sequence[Weighted] = (),
     synthetic_weight: float = 0.0,
+    balance: float = BALANCE,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train the adapter from its present factors with CE(examples) + mu CE(synthetic).
 
     `batch` private texts a step, and half as many synthetic ones when `synthetic_weight` (mu) is
-    above 0. AdamW on the factors only, linear warm-up then cosine to a tenth, norm clipped.
+    above 0. AdamW on the factors only, linear warm-up then cosine to a tenth, norm clipped. CE of
+    the examples is taken with `balance` times the log of the examples' label shares added to the
+    labels' logits, so that the model learns what tells labels apart rather than their shares.
 
     Raises:
         DataError: no examples, or a label that is not of the task.
         FleetError: the loss is no longer a number; lower lr.
 
-    Source: client objective L_k of CrossLM (arXiv 2312.05842); PAPERS.md 1 (b).
+    Source: client objective L_k of CrossLM (arXiv 2312.05842), PAPERS.md 1 (b); logit adjustment
+    of Menon et al. (arXiv 2007.07314), equation 10, under the label skew of federated clients
+    (FedLC, arXiv 2209.00189).
     """
     if not examples:
         raise DataError("training needs at least one example; collect some first")
@@ -81,16 +91,18 @@ def train_adapter(
     weights = torch.tensor([weight for _, _, weight in given])
     own_rows = shuffled_batches(len(own), batch, seed=seed)
     extra_rows = shuffled_batches(len(extra), max(1, batch // 2), seed=seed + 1)
+    offsets = _offsets(reader, [label for _, label in examples], balance)
     losses: list[float] = []
 
     def loss_of_step() -> torch.Tensor:
         rows = next(own_rows)
         part = own.pick(rows)
         if not given:
-            return _label_losses(adapter, part).mean()
+            return _label_losses(adapter, part, offsets, len(rows)).mean()
         more = next(extra_rows)
         chosen = extra.pick(more)
-        both = _label_losses(adapter, Sequences(part.ids + chosen.ids, part.starts + chosen.starts))
+        joined = Sequences(part.ids + chosen.ids, part.starts + chosen.starts)
+        both = _label_losses(adapter, joined, offsets, len(rows))
         share = weights[more]
         mixed = (both[len(rows) :] * share).sum() / share.sum().clamp(min=1e-6)
         return both[: len(rows)].mean() + synthetic_weight * mixed
@@ -157,6 +169,34 @@ def _schedule(step: int, steps: int) -> float:
     return 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * along))
 
 
-def _label_losses(adapter: Adapter, batch: Sequences) -> torch.Tensor:
-    chosen, owner = token_log_probs(adapter.model, batch)
+def _offsets(reader: TaskReader, labels: Sequence[str], balance: float) -> dict[int, float]:
+    """What is added to the logit of each label's first token; nothing where it would not decide."""
+    if balance == 0 or not reader.one_token_decides:
+        return {}
+    n = len(reader.words)
+    counts = np.bincount([reader.label_index(label) for label in labels], minlength=n)
+    shares = (counts + 1.0) / (counts.sum() + n)  # one more of each: a label never seen stays finite
+    return {
+        word[0]: balance * math.log(share * n)
+        for word, share in zip(reader.words, shares, strict=True)
+    }
+
+
+def _label_losses(
+    adapter: Adapter, batch: Sequences, offsets: dict[int, float], adjusted: int
+) -> torch.Tensor:
+    """Negative log-probability of each sequence's answer, (B,); `offsets` for the first rows."""
+    rows = [i for i, row in enumerate(batch.ids) for _ in range(batch.starts[i], len(row))]
+    columns = [t - 1 for i, row in enumerate(batch.ids) for t in range(batch.starts[i], len(row))]
+    wanted = [t for i, row in enumerate(batch.ids) for t in row[batch.starts[i] :]]
+    owner = torch.tensor(rows)
+    logits = logits_at(adapter.model, padded(batch.ids), owner, torch.tensor(columns))
+    if offsets:
+        first = [j for j, (i, t) in enumerate(zip(rows, columns, strict=True))
+                 if i < adjusted and t == batch.starts[i] - 1]
+        shift = torch.zeros_like(logits)
+        tokens = torch.tensor(list(offsets))
+        shift[torch.tensor(first)[:, None], tokens] = torch.tensor(list(offsets.values()))
+        logits = logits + shift
+    chosen = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(wanted)[:, None])[:, 0]
     return torch.zeros(len(batch)).index_add(0, owner, -chosen)  # (B,)
