@@ -5,8 +5,11 @@ messages or rounds.
 
 Averaging A and B apart is wrong by (1/K) sum_k (B_k - mean B)(A_k - mean A) (PAPERS.md 9.4), so
 the products are averaged. The new factors span the best rank-r approximation of the mean, written
-in the old gauge: A' is the old A projected on the mean's right singular subspace, and B' is what
-makes B'A' exact. A device's error-feedback residue, kept in factor space, so stays meaningful.
+in the old gauge: A' spans the mean's right singular subspace, has the old A's singular values and
+lies as near to the old A as those two allow; B' is what makes B'A' exact. A device's error-feedback
+residue, kept in factor space, so stays meaningful, and A keeps the size its optimizer is set for.
+(A's plain projection does not: it loses size where the mean has turned away from A, and B grows to
+make up for it. In three rounds B's entries went from 0.1 to 26 and training fell apart.)
 No dense (out, in) matrix is ever formed: products are handled as stacked thin factors.
 """
 
@@ -30,8 +33,8 @@ CLIP_TO_MEDIAN = 3.0
 STALENESS_POWER = 0.5
 """a of s(tau) = (1+tau)^-a; FedAsync (arXiv 1903.03934) uses 0.5."""
 
-MAX_CONDITION = 1e3
-"""Beyond this the old gauge would need entries that float16 cannot carry well."""
+FLATTEST = 0.05
+"""A's singular values count at least as this share of its largest, so that B' stays bounded."""
 
 _RANK_TOLERANCE = 1e-6  # relative to the largest singular value; factors arrive in 32 bits
 
@@ -59,14 +62,12 @@ class Aggregate:
         weights: by device, summing to 1.
         clipped: by device, the share of its change that was kept (only those below 1).
         discarded: share of the mean product's energy that rank r could not hold.
-        gauge_kept: share of layers still in the old gauge.
     """
 
     factors: dict[str, F32]
     weights: dict[str, float]
     clipped: dict[str, float]
     discarded: float
-    gauge_kept: float
 
 
 def staleness_weight(staleness: int, power: float = STALENESS_POWER) -> float:
@@ -102,21 +103,18 @@ def aggregate(
     kept = _clip_shares(norms, clip)
     factors: dict[str, F32] = {}
     lost = total = 0.0
-    gauges: list[bool] = []
     for slot in slots(current):
         left, right = _stack(slot, current, ordered, weights * kept)
         A = current[slot + A_SUFFIX].astype(np.float64)
-        B_new, A_new, gone, energy, same = refactor(left, right, A)
+        B_new, A_new, gone, energy = refactor(left, right, A)
         factors[slot + A_SUFFIX] = A_new.astype(np.float32)
         factors[slot + B_SUFFIX] = B_new.astype(np.float32)
         lost, total = lost + gone, total + energy
-        gauges.append(same)
     return Aggregate(
         factors=dict(sorted(factors.items())),
         weights=_by_device(ordered, weights),
         clipped={c.device: float(k) for c, k in zip(ordered, kept, strict=True) if k < 1.0},
         discarded=lost / total if total > 0 else 0.0,
-        gauge_kept=float(np.mean(gauges)),
     )
 
 
@@ -161,13 +159,12 @@ def change_norm(new: Factors, old: Factors) -> float:
     return float(np.sqrt(square))
 
 
-def refactor(left: F64, right: F64, A: F64) -> tuple[F64, F64, float, float, bool]:
+def refactor(left: F64, right: F64, A: F64) -> tuple[F64, F64, float, float]:
     """Factor P = left @ right, (out, in), at the rank r of A (r, in), in the gauge of A.
 
-    Returns B' (out, r), A' (r, in), the energy of P that was lost, the energy of P, and whether
-    the gauge was kept. B'A' is the best rank-r approximation of P (Eckart-Young). Where A projected
-    on P's right singular subspace is ill-conditioned, A' is instead the balanced factor
-    sqrt(S) V^T, turned by the rotation that brings it nearest to A.
+    Returns B' (out, r), A' (r, in), the energy of P that was lost, and the energy of P. B'A' is the
+    best rank-r approximation of P (Eckart-Young). A' = X S Y^T V^T, where V spans P's right
+    singular subspace, X and Y are the singular vectors of A V, and S the singular values of A.
     """
     r = A.shape[0]
     Q_left, R_left = np.linalg.qr(left)
@@ -177,22 +174,19 @@ def refactor(left: F64, right: F64, A: F64) -> tuple[F64, F64, float, float, boo
     energy = float(np.sum(S**2))
     q = int(np.sum(S[:r] > _RANK_TOLERANCE * S[0])) if S.size and S[0] > 0 else 0
     if q == 0:
-        return np.zeros((left.shape[0], r)), A.copy(), 0.0, 0.0, True
-    lost = float(np.sum(S[r:] ** 2))
+        return np.zeros((left.shape[0], r)), A.copy(), 0.0, 0.0
     U_S = (Q_left @ U[:, :q]) * S[:q]  # (out, q)
     V = Q_right @ Vt[:q].T  # (in, q)
     if q < r:  # P has lower rank: keep the directions of A that P leaves open
         _, _, rest = np.linalg.svd(A - (A @ V) @ V.T, full_matrices=False)
         V = np.concatenate([V, rest[: r - q].T], axis=1)
         U_S = np.concatenate([U_S, np.zeros((left.shape[0], r - q))], axis=1)
-    G = A @ V  # (r, r)
-    if np.linalg.cond(G) < MAX_CONDITION:
-        return np.linalg.solve(G.T, U_S.T).T, G @ V.T, lost, energy, True
-    root = np.sqrt(np.concatenate([S[:q], np.full(r - q, S[q - 1])]))
-    balanced = root[:, None] * V.T  # (r, in)
-    left_turn, _, right_turn = np.linalg.svd(A @ balanced.T)
-    turn = left_turn @ right_turn  # (r, r) orthogonal: Procrustes
-    return (U_S / root) @ turn.T, turn @ balanced, lost, energy, False
+    X, _, Yt = np.linalg.svd(A @ V)  # (r, r) each
+    sizes = np.linalg.svd(A, compute_uv=False)
+    sizes = np.maximum(sizes, FLATTEST * sizes[0])
+    A_new = (X * sizes) @ Yt @ V.T
+    B_new = (U_S @ Yt.T / sizes) @ X.T
+    return B_new, A_new, float(np.sum(S[r:] ** 2)), energy
 
 
 def _clip_shares(norms: F64, clip: float) -> F64:
