@@ -27,6 +27,7 @@ from edge_sdk.train.text_task import (
     logits_at,
     padded,
     token_log_probs,
+    word_log_probs,
 )
 from edge_sdk.train.trainer import optimize, short_attention, shuffled_batches
 from edge_sdk.wire.messages import TextTask
@@ -35,6 +36,9 @@ F32 = npt.NDArray[np.float32]
 
 MAX_P = 1.0 - 1e-6
 """log(1 - p) is taken at most here: at p = 1 in 32 bits the loss would be infinite."""
+
+MOST_WRITTEN = 48
+"""Tokens of a public text that teach writing; a request is seldom longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,14 @@ class Update:
     """How one pass of learning goes: beta and lambda of L_LLM, and the optimizer's settings.
 
     tau: texts whose score reaches it also teach understanding.
+    batch: texts a step for understanding; half as many are written, a quarter regularise. The
+        label word is one token and teaches little, while a written text is scored at every token.
     """
 
     beta: float = 1.0
-    reg: float = 0.5
-    tau: float = 0.6
-    lr: float = 1e-3
+    reg: float = 0.2
+    tau: float = 0.3
+    lr: float = 8e-3
     batch: int = 16
     steps: int = 30
 
@@ -113,12 +119,7 @@ class Llm:
         max_new_tokens: int = 40,
     ) -> Written:
         """Write one text for each of `labels`: x_i ~ p_theta( . | prompt(y_i)), up to a newline."""
-        task = self.reader.task
-        prompts = []
-        for label in labels:
-            word = task.words[self.reader.label_index(label)].strip()
-            prompts.append(task.generation_prompt.replace("{label}", word))
-        rows = [encoding.ids for encoding in self.reader.tokenizer.encode_batch(prompts)]
+        rows = [row.ids for row in self.reader.tokenizer.encode_batch(self._frames(labels))]
         new = self._sample(rows, seed, temperature, top_p, max_new_tokens)
         decoded = [self.reader.tokenizer.decode(row) for row in new]
         whole = [row + more for row, more in zip(rows, new, strict=True)]
@@ -146,45 +147,51 @@ class Llm:
         how: Update,
         *,
         seed: int,
-        understand: Sequence[tuple[str, str]] = (),
+        public: Sequence[str] = (),
+        opinions: F32 | None = None,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> dict[str, float]:
         """Learn L_gen + beta L_und + lambda L_reg from scored texts; the mean of each loss.
 
-        `understand` adds texts with labels to S, the set that L_und is taken over (public texts
-        that small models labelled).
+        `public` texts with the small models' `opinions` (n, labels) join both sets: L_und takes the
+        opinions as soft labels, L_gen the likeliest label with its probability as score.
 
         Raises:
-            LocalProtocolError: scores do not pair up with texts, or lie outside [0, 1].
+            LocalProtocolError: scores or opinions do not pair up with texts, or lie outside [0, 1].
             FleetError: the loss is no longer a number; lower lr.
 
         Source: CrossLM (arXiv 2312.05842), equation 3 and the losses around it, as rebuilt in
         PAPERS.md 1 (b).
         """
-        s = torch.tensor(np.asarray(scores, dtype=np.float32))
-        if len(s) != len(written.texts) or not bool(((s >= 0) & (s <= 1)).all()):
+        own = np.asarray(scores, dtype=np.float32)
+        given = np.zeros((0, len(self.reader.words)), np.float32) if opinions is None else opinions
+        if len(own) != len(written.texts) or not ((own >= 0) & (own <= 1)).all():
             raise LocalProtocolError("update needs one score in [0, 1] for every text")
-        usable = [i for i, text in enumerate(written.texts) if text]
-        good = [(written.texts[i], written.labels[i]) for i in usable if float(s[i]) >= how.tau]
-        good += list(understand)
-        if 2 * len({label for _, label in good}) < len(self.reader.task.labels):
-            good = []  # texts of one or two labels would only teach to answer those
-        taught = self.reader.labelled([text for text, _ in good], [label for _, label in good])
+        if given.shape != (len(public), len(self.reader.words)):
+            raise LocalProtocolError("update needs one opinion on every public text")
+        prompts, targets = self._to_understand(written, own, how.tau, public, given)
+        written, s = self._to_write(written, own, public, given)
         draws = itertools.count(1)
         gen_rows, und_rows, reg_rows = (
-            shuffled_batches(n, how.batch, seed=seed + next(draws))
-            for n in (len(usable), len(taught), len(self.generic))
+            shuffled_batches(n, max(1, size), seed=seed + next(draws))
+            for n, size in (
+                (len(written.texts), how.batch // 2),
+                (len(prompts), how.batch),
+                (len(self.generic), how.batch // 4),
+            )
         )
         sums = {"gen": 0.0, "und": 0.0, "reg": 0.0}
 
         def loss_of_step() -> torch.Tensor:
             parts = {}
-            if usable:
-                rows = [usable[i] for i in next(gen_rows)]
+            if written.texts:
+                rows = next(gen_rows)
                 parts["gen"] = generation_loss(self.adapter, written.sequences.pick(rows), s[rows])
-            if len(taught):
-                chosen = taught.pick(next(und_rows))
-                parts["und"] = how.beta * understanding_loss(self.adapter, chosen)
+            if prompts:
+                rows = next(und_rows)
+                parts["und"] = how.beta * understanding_loss(
+                    self.adapter, self.reader, [prompts[i] for i in rows], targets[rows]
+                )
             if how.reg > 0:
                 generic = [self.generic[i] for i in next(reg_rows)]
                 parts["reg"] = how.reg * regulariser(self.adapter, generic)
@@ -192,7 +199,7 @@ class Llm:
                 sums[name] += float(part.detach())
             return torch.stack(list(parts.values())).sum()
 
-        steps = how.steps if usable or len(taught) else 0
+        steps = how.steps if written.texts or prompts else 0
         with short_attention(self.reader.max_tokens):
             losses = optimize(self.adapter, loss_of_step, steps=steps, lr=how.lr)
             for done, loss in enumerate(losses, start=1):
@@ -205,6 +212,44 @@ class Llm:
         with torch.inference_mode():
             batch = Sequences(list(rows), [1] * len(rows))
             return float(torch.exp(-token_log_probs(self.adapter.model, batch)[0].mean()))
+
+    def _to_write(
+        self, written: Written, scores: F32, public: Sequence[str], opinions: F32
+    ) -> tuple[Written, torch.Tensor]:
+        """What L_gen is taken over, and its scores: texts of its own and public ones."""
+        usable = [i for i, text in enumerate(written.texts) if text]
+        labels = [self.reader.task.labels[i] for i in opinions.argmax(axis=1)] if public else []
+        frames = [row.ids for row in self.reader.tokenizer.encode_batch(self._frames(labels))]
+        ends = [f" {text}\n" for text in public]
+        bodies = [row.ids[:MOST_WRITTEN] for row in self.reader.tokenizer.encode_batch(ends)]
+        mine = written.sequences.pick(usable)
+        sequences = Sequences(
+            mine.ids + [frame + body for frame, body in zip(frames, bodies, strict=True)],
+            mine.starts + [len(frame) for frame in frames],
+        )
+        texts = [written.texts[i] for i in usable] + list(public)
+        asked = [written.labels[i] for i in usable] + labels
+        sure = opinions.max(axis=1) if public else opinions[:, 0]
+        s = torch.from_numpy(np.concatenate([scores[usable], sure]).astype(np.float32))
+        return Written(texts, asked, sequences), s
+
+    def _to_understand(
+        self, written: Written, scores: F32, tau: float, public: Sequence[str], opinions: F32
+    ) -> tuple[list[Tokens], torch.Tensor]:
+        """What L_und is taken over: S with the labels asked for, public texts with opinions."""
+        n = len(self.reader.words)
+        good = [i for i, score in enumerate(scores) if score >= tau and written.texts[i]]
+        asked = [self.reader.label_index(written.labels[i]) for i in good]
+        targets = np.concatenate([np.eye(n, dtype=np.float32)[asked], opinions])
+        if 2 * len(set(targets.argmax(axis=1).tolist())) < n:
+            return [], torch.zeros(0, n)  # texts of a label or two would teach only to say those
+        texts = [written.texts[i] for i in good] + list(public)
+        return self.reader.prompts(texts), torch.from_numpy(targets)
+
+    def _frames(self, labels: Sequence[str]) -> list[str]:
+        task = self.reader.task
+        words = [task.words[self.reader.label_index(label)].strip() for label in labels]
+        return [task.generation_prompt.replace("{label}", word) for word in words]
 
     def _stop_tokens(self) -> torch.Tensor:
         tokenizer = self.reader.tokenizer
@@ -308,10 +353,12 @@ def quality_loss(log_p: torch.Tensor, owner: torch.Tensor, s: torch.Tensor) -> t
     return none.index_add(0, owner, per_token).div(lengths).mean()
 
 
-def understanding_loss(adapter: Adapter, batch: Sequences) -> torch.Tensor:
-    """L_und = -mean over S of log p(word of y_i | prompt(x_i))."""
-    log_p, owner = token_log_probs(adapter.model, batch)
-    return torch.zeros(len(batch)).index_add(0, owner, -log_p).mean()
+def understanding_loss(
+    adapter: Adapter, reader: TaskReader, prompts: Sequence[Tokens], targets: torch.Tensor
+) -> torch.Tensor:
+    """L_und = -mean_i sum_j q_ij log p(word j | prompt i), targets q (B, labels)."""
+    log_p = word_log_probs(adapter.model, reader, prompts)
+    return -(targets * log_p).sum(dim=1).mean()
 
 
 def regulariser(adapter: Adapter, rows: Sequence[Tokens]) -> torch.Tensor:

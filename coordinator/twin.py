@@ -23,6 +23,9 @@ from edge_sdk.wire.messages import TextTask
 
 F32 = npt.NDArray[np.float32]
 
+LEAST_LEANING = 1e-3
+"""A label that a replica as good as never gives is not blown up beyond 1/this."""
+
 
 class Twin:
     """One family's model, its global factors and its replicas.
@@ -32,8 +35,10 @@ class Twin:
         adapter: the LoRA layers in the model.
         factors: the global factors, exactly as float16 carries them to devices.
         replicas: device id -> newest factors decoded from that device.
+        leanings: how often each replica gives each label on common texts, (replicas, labels); set
+            by `calibrate`, None before.
         temperature: divides log-probabilities before they become scores; small models fine-tuned
-            on little data are over-confident, and feedback needs probabilities.
+            on much data are over-confident, and feedback needs probabilities.
 
     Raises:
         ConfigError: the temperature is not above 0, or the targets do not fit the model.
@@ -47,7 +52,7 @@ class Twin:
         spec: LoraSpec,
         *,
         seed: int,
-        temperature: float = 1.5,
+        temperature: float = 1.0,
     ) -> None:
         if temperature <= 0:
             raise ConfigError(f"temperature {temperature} of twin {family} must be above 0")
@@ -55,6 +60,7 @@ class Twin:
         self.adapter = Adapter(model, spec)
         self.factors: Factors = start_factors(self.adapter.layout, seed)
         self.replicas: dict[str, Factors] = {}
+        self.leanings: F32 | None = None
 
     @classmethod
     def from_bundle(
@@ -65,7 +71,7 @@ class Twin:
         spec: LoraSpec,
         *,
         seed: int,
-        temperature: float = 1.5,
+        temperature: float = 1.0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> "Twin":
         """The twin of the release in `bundle_dir`, with its int4 weights and tokenizer.
@@ -102,6 +108,7 @@ class Twin:
         """Take up global factors and replicas stored earlier."""
         self.set_global(factors)
         self.replicas = dict(sorted(replicas.items()))
+        self.leanings = None
 
     def probs(self, texts: Sequence[str], factors: Factors | None = None) -> F32:
         """Probability of each label, (n, labels), by the global factors or by those given."""
@@ -111,16 +118,29 @@ class Twin:
         ).numpy()
         return result
 
-    def jury(self, texts: Sequence[str]) -> F32:
-        """Mean of the replicas' label probabilities, (n, labels); the global model's if none."""
+    def votes(self, texts: Sequence[str]) -> F32:
+        """Label probabilities by replica, (replicas, n, labels); the global model's if none."""
         if not self.replicas:
-            return self.probs(texts)
-        votes = [self.probs(texts, factors) for _, factors in sorted(self.replicas.items())]
-        result = np.mean(np.stack(votes), axis=0)
-        return np.asarray(result, dtype=np.float32)
+            return self.probs(texts)[None]
+        return np.stack(
+            [self.probs(texts, factors) for _, factors in sorted(self.replicas.items())]
+        )
+
+    def calibrate(self, texts: Sequence[str]) -> F32:
+        """Learn each replica's leaning on `texts` and return the jury's verdict on them.
+
+        The texts should be alike for all replicas and touch all labels, as public ones are.
+        """
+        votes = self.votes(texts)
+        self.leanings = votes.mean(axis=1)  # (replicas, labels)
+        return verdict(votes, self.leanings)
+
+    def jury(self, texts: Sequence[str]) -> F32:
+        """The replicas' common label probabilities, (n, labels); their mean until calibrated."""
+        return verdict(self.votes(texts), self.leanings)
 
     def score(self, texts: Sequence[str], labels: Sequence[str]) -> F32:
-        """s_i = mean over replicas of p(label_i | text_i), (n,) in [0, 1].
+        """s_i = the jury's p(label_i | text_i), (n,) in [0, 1].
 
         Raises:
             DataError: a label is not of the task.
@@ -140,3 +160,22 @@ class Twin:
         """Share of texts that the global model puts under the right label."""
         wanted = np.array([self.reader.label_index(label) for label in labels])
         return float(np.mean(self.probs(texts).argmax(axis=1) == wanted))
+
+
+def verdict(votes: F32, leanings: F32 | None) -> F32:
+    """One distribution a text, (n, labels), from votes (replicas, n, labels).
+
+    A replica leans to the labels its device has, and knows little of the others. So each vote is
+    first freed of its leaning (divided by it, times the leaning of all), and then counts, label by
+    label, in proportion to how often its replica gives that label. Without leanings: the mean.
+
+    Source: label shift, Saerens et al. 2002 (10.1162/089976602753284446), equation 2.4, with the
+    leanings in place of the unseen label shares.
+    """
+    if leanings is None:
+        return np.asarray(votes.mean(axis=0), dtype=np.float32)
+    known = np.maximum(leanings, LEAST_LEANING)  # (replicas, labels)
+    fair = votes * (known.mean(axis=0) / known)[:, None, :]
+    fair /= fair.sum(axis=2, keepdims=True)
+    mixed = (fair * (known / known.sum(axis=0))[:, None, :]).sum(axis=0)  # (n, labels)
+    return np.asarray(mixed / mixed.sum(axis=1, keepdims=True), dtype=np.float32)

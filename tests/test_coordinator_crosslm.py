@@ -13,7 +13,6 @@ from coordinator.algorithms.crosslm import (
     Pool,
     crosslm,
     distinct,
-    labelled_by_jury,
     uniform_labels,
     worth_keeping,
 )
@@ -135,7 +134,7 @@ def test_permuting_the_feedback_changes_what_the_llm_learns(home):
     for permute in (False, True):
         world = World(home)
         cfg = dataclasses.replace(CFG, rounds=1, permute_feedback=permute)
-        drive(world.program(cfg), fleet(), world.log)
+        drive(world.program(cfg, public_texts=PUBLIC), fleet(), world.log)
         states.append(world.llm.state())
     assert any(not np.array_equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -182,14 +181,6 @@ def test_labels_are_uniform_and_seeded():
     drawn = uniform_labels(TASK, 32, np.random.default_rng(0))
     assert sorted(drawn.count(label) for label in TASK.labels) == [10, 11, 11]
     assert drawn == uniform_labels(TASK, 32, np.random.default_rng(0))
-
-
-def test_the_jury_labels_only_what_it_is_sure_of(home):
-    twin = World(home).twin
-    probs = twin.jury(PUBLIC)
-    rows = labelled_by_jury(twin, PUBLIC, 0.36)
-    assert len(rows) == int((probs.max(axis=1) >= 0.36).sum())
-    assert labelled_by_jury(twin, [], 0.5) == []
 
 
 def test_distinct_measures_repetition():

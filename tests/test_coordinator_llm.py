@@ -93,10 +93,10 @@ def test_permuted_feedback_changes_the_gradient(llm):
 
 
 def test_understanding_is_the_loss_of_the_label_word(llm):
-    batch = llm.reader.labelled(["the red cat"], ["story"])
-    ids = torch.tensor(batch.ids)
+    ids = torch.tensor(llm.reader.labelled(["the red cat"], ["story"]).ids)
+    targets = torch.tensor([[0.0, 1.0, 0.0]])
 
-    got = understanding_loss(llm.adapter, batch)
+    got = understanding_loss(llm.adapter, llm.reader, llm.reader.prompts(["the red cat"]), targets)
 
     with torch.no_grad():
         log_p = llm.adapter.model(input_ids=ids[:, :-1]).logits[0, -1].log_softmax(-1)
@@ -187,6 +187,25 @@ def test_it_learns_the_task_from_judged_texts_alone(llm):
     assert llm.accuracy(held_texts, held_labels) > max(0.7, before + 0.2)
     assert set(losses) == {"gen", "und", "reg"}
     assert all(np.isfinite(value) for value in losses.values())
+
+
+def test_it_learns_the_task_from_opinions_on_public_texts(llm):
+    texts, labels = zip(*examples(48, seed=3), strict=True)
+    opinions = np.full((48, 3), 0.1, np.float32)
+    opinions[np.arange(48), [TASK.labels.index(label) for label in labels]] = 0.8
+    held_texts, held_labels = zip(*examples(40, seed=8), strict=True)
+    written = llm.generate(LABELS, seed=0)
+
+    how = Update(lr=2e-2, steps=50, batch=16, reg=0.05)
+    llm.update(written, [0.0] * len(LABELS), how, seed=0, public=texts, opinions=opinions)
+
+    assert llm.accuracy(held_texts, held_labels) > 0.7
+
+
+def test_opinions_must_pair_up_with_public_texts(llm):
+    written = llm.generate(LABELS[:2], seed=0)
+    with pytest.raises(LocalProtocolError, match="one opinion"):
+        llm.update(written, [0.5, 0.5], Update(steps=1), seed=0, public=["a cat"])
 
 
 def test_scores_must_pair_up_and_be_probabilities(llm):

@@ -7,7 +7,7 @@ from learning_world import TASK, examples, folder, model, tokenizer
 from transformers import AutoModelForCausalLM
 
 from coordinator.distill import distil, merge, sharpen
-from coordinator.twin import Twin
+from coordinator.twin import Twin, verdict
 from edge_sdk.errors import DataError, ExportError, LocalProtocolError
 from edge_sdk.train.lora import LoraSpec
 from edge_sdk.train.text_task import TaskReader
@@ -60,6 +60,38 @@ def test_scores_are_the_mean_over_replicas_of_the_asked_label(twin):
         twin.score(["x"], ["poem"])
     with pytest.raises(LocalProtocolError):
         twin.score(["x"], [])
+
+
+def test_replicas_that_lean_apart_judge_better_when_freed_of_it():
+    """Bayes' answers of two devices with opposite label shares, on texts of all labels alike."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(600) % 3
+    seen = np.eye(3)[labels] * 1.5 + rng.normal(size=(600, 3))
+    likelihood = np.exp(1.5 * seen)
+    shares = np.array([[0.78, 0.2, 0.02], [0.2, 0.02, 0.78]])
+    votes = likelihood[None] * shares[:, None]
+    votes /= votes.sum(axis=2, keepdims=True)
+
+    def per_label(answers):
+        right = answers.argmax(axis=1) == labels
+        return np.array([right[labels == label].mean() for label in range(3)])
+
+    raw = per_label(verdict(votes, None))
+    freed = per_label(verdict(votes, votes.mean(axis=1)))
+
+    assert freed.mean() > raw.mean()
+    assert freed.min() > raw.min() + 0.03
+
+
+def test_calibrating_returns_the_jurys_verdict_and_new_replicas_undo_it(twin):
+    twin.replicas = {"b": random_factors(twin.layout, 1), "a": random_factors(twin.layout, 2)}
+
+    opinions = twin.calibrate(TEXTS)
+
+    assert opinions.shape == (9, 3)
+    assert opinions == pytest.approx(twin.jury(TEXTS), abs=1e-6)
+    twin.restore(twin.factors, twin.replicas)
+    assert twin.leanings is None
 
 
 def test_distilling_moves_the_twin_to_its_teacher(twin):

@@ -7,7 +7,7 @@ from learning_world import SIGNS, TASK, examples, model, tokenizer
 
 from edge_sdk.errors import DataError, FleetError
 from edge_sdk.train.lora import Adapter, LoraSpec, start_factors
-from edge_sdk.train.text_task import TaskReader, accuracy
+from edge_sdk.train.text_task import TaskReader, accuracy, label_probs
 from edge_sdk.train.trainer import shuffled_batches, train_adapter
 
 SPEC = LoraSpec(rank=8, alpha=16.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
@@ -82,3 +82,17 @@ def test_batches_visit_every_row_once_an_epoch():
     assert sorted(epoch) == list(range(10))
     assert len(next(shuffled_batches(3, 8, seed=0))) == 3
     assert list(shuffled_batches(0, 4, seed=0)) == []
+
+
+def test_balance_takes_the_label_shares_out_of_the_answer():
+    """Texts that say nothing, mostly of one label: the shares are learned, or left out."""
+    rows = [("the cat", "sum")] * 70 + [("the cat", "story")] * 10
+
+    def says_sum(balance):
+        adapter, reader = Adapter(model(), SPEC), TaskReader(TASK, tokenizer(), max_tokens=32)
+        adapter.load(start_factors(adapter.layout, 0))
+        train_adapter(adapter, reader, rows, steps=60, batch=16, lr=1e-2, seed=1, balance=balance)
+        return float(label_probs(adapter.model, reader, ["the cat"])[0, 0])
+
+    assert says_sum(0.0) > 0.9
+    assert says_sum(1.0) < says_sum(0.0) - 0.1

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.errors import DataError, FleetError
 from edge_sdk.train.lora import Adapter, Factors
-from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded, token_log_probs
+from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _offsets(reader: TaskReader, labels: Sequence[str], balance: float) -> dict[
         return {}
     n = len(reader.words)
     counts = np.bincount([reader.label_index(label) for label in labels], minlength=n)
-    shares = (counts + 1.0) / (counts.sum() + n)  # one more of each: a label never seen stays finite
+    shares = (counts + 1.0) / (counts.sum() + n)  # one more of each, so that none is never
     return {
         word[0]: balance * math.log(share * n)
         for word, share in zip(reader.words, shares, strict=True)
@@ -192,8 +192,11 @@ def _label_losses(
     owner = torch.tensor(rows)
     logits = logits_at(adapter.model, padded(batch.ids), owner, torch.tensor(columns))
     if offsets:
-        first = [j for j, (i, t) in enumerate(zip(rows, columns, strict=True))
-                 if i < adjusted and t == batch.starts[i] - 1]
+        first = [
+            j
+            for j, (i, t) in enumerate(zip(rows, columns, strict=True))
+            if i < adjusted and t == batch.starts[i] - 1
+        ]
         shift = torch.zeros_like(logits)
         tokens = torch.tensor(list(offsets))
         shift[torch.tensor(first)[:, None], tokens] = torch.tensor(list(offsets.values()))
