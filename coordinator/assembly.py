@@ -22,12 +22,10 @@ from coordinator.programs import Commit, Program, ProgramFactory
 from coordinator.texts import read_texts
 from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
+from edge_sdk.train.local import quickest_dtype
 from edge_sdk.train.lora import Factors, LoraSpec
 from exporters.bundle import read_manifest, write_adapter_release
 from exporters.slm import SlmOptions, export_slm
-
-DTYPE = torch.float32
-"""Type of the models here. 16 bits would halve memory; on CPUs without it, 32 is much faster."""
 
 
 def program_of(
@@ -55,7 +53,9 @@ def program_of(
     seed = config.program.seed
 
     def twin_and_exchange() -> tuple[Twin, AdapterExchange]:
-        twin = Twin.from_bundle(family.name, bundle, config.task, spec, seed=seed, dtype=DTYPE)
+        twin = Twin.from_bundle(
+            family.name, bundle, config.task, spec, seed=seed, dtype=quickest_dtype()
+        )
         return twin, AdapterExchange(family.name, twin.layout, spec, seed=seed)
 
     if config.program.name == "fedavg":
@@ -78,7 +78,7 @@ def program_of(
             LoraSpec(config.llm.rank, config.llm.alpha, config.llm.targets),
             seed=seed,
             generic=public[:64],
-            dtype=DTYPE,
+            dtype=quickest_dtype(),
         )
         measure = _measure(llm, judged, events)
         if measure is not None and resume is None:
@@ -88,12 +88,13 @@ def program_of(
             twin,
             exchange,
             cohort,
-            _crosslm_config(config),
+            crosslm_config(config),
             base=base,
             package=package,
             package_model=_model_packager(config, folder, family, spec),
             public_texts=public,
             measure=measure,
+            stage=events.stage,
             seed=seed,
             resume=resume,
         )
@@ -128,7 +129,8 @@ def _fedavg_config(config: CoordinatorConfig) -> FedAvgConfig:
     )
 
 
-def _crosslm_config(config: CoordinatorConfig) -> CrossLMConfig:
+def crosslm_config(config: CoordinatorConfig) -> CrossLMConfig:
+    """Return the algorithm's settings as the file gives them."""
     program, llm = config.program, config.llm
     return CrossLMConfig(
         rounds=program.rounds,

@@ -57,9 +57,7 @@ def test_refactoring_loses_exactly_the_svd_tail():
     parts = [factors(seed) for seed in range(3)]
     mean = sum(product(p) for p in parts) / 3
 
-    B_new, A_new, lost, energy = refactor(
-        *stacked(parts, [1 / 3] * 3), parts[0][f"{SLOT}.lora_A"]
-    )
+    B_new, A_new, lost, energy = refactor(*stacked(parts, [1 / 3] * 3), parts[0][f"{SLOT}.lora_A"])
 
     singular = np.linalg.svd(mean, compute_uv=False)
     assert lost == pytest.approx(np.sum(singular[R:] ** 2), rel=1e-12)

@@ -125,3 +125,17 @@ def test_the_commands_load_no_torch() -> None:
     )
 
     assert done.stdout.strip() == "False"
+
+
+def test_settings_left_out_are_the_algorithms_own_defaults(tmp_path: Path) -> None:
+    from coordinator.algorithms.crosslm import CrossLMConfig
+    from coordinator.assembly import crosslm_config
+    from coordinator.config import CoordinatorConfig
+
+    run("coordinator", "init", tmp_path / "cloud")
+    config = CoordinatorConfig.load(
+        tmp_path / "cloud" / "coordinator.toml",
+        {"llm.path": "models/llm", "program.name": "crosslm"},
+    )
+
+    assert crosslm_config(config) == CrossLMConfig()

@@ -35,6 +35,7 @@ label but those it asked for itself, and `public_texts` only as the replicas lab
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -152,13 +153,15 @@ def crosslm(
     package_model: Package | None = None,
     public_texts: Sequence[str] = (),
     measure: Callable[[], dict[str, float]] | None = None,
+    stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
     seed: int,
     resume: Commit | None = None,
 ) -> Program:
     """Run CrossLM over the devices of `cohort`, whose bundle is release `base`.
 
     `package` writes an adapter release; `package_model`, when given, writes the last round's
-    release as a whole new model with the adapter merged in. `measure` adds numbers to each Note.
+    release as a whole new model with the adapter merged in. `measure` adds numbers to each Note;
+    `stage` is entered around each step that takes long, with its name.
 
     Raises:
         QuorumMissed: too few updates, `cfg.retries` times over.
@@ -181,21 +184,24 @@ def crosslm(
             check=exchange.check(),
         )
         replies = yield from patiently(training, cfg.retries)  # line 2
-        merged, changes = exchange.receive(replies)  # line 3
-        if cfg.learn_codec and step == 0:
-            exchange.learn_codec(changes)
-        twin.restore(exchange.factors, exchange.replicas)
+        with stage("aggregate"):
+            merged, changes = exchange.receive(replies)  # line 3
+            if cfg.learn_codec and step == 0:
+                exchange.learn_codec(changes)
+            twin.restore(exchange.factors, exchange.replicas)
 
         rng = np.random.default_rng([seed, step])
-        written = llm.generate(  # line 4
-            uniform_labels(task, cfg.samples, rng),
-            seed=int(rng.integers(2**31)),
-            temperature=cfg.temperature,
-            top_p=cfg.top_p,
-            max_new_tokens=cfg.max_new_tokens,
-        )
-        opinions = twin.calibrate(public_texts) if public_texts else no_opinions(task)
-        scores = twin.score(written.texts, written.labels)  # line 5
+        with stage("generate"):
+            written = llm.generate(  # line 4
+                uniform_labels(task, cfg.samples, rng),
+                seed=int(rng.integers(2**31)),
+                temperature=cfg.temperature,
+                top_p=cfg.top_p,
+                max_new_tokens=cfg.max_new_tokens,
+            )
+        with stage("score"):
+            opinions = twin.calibrate(public_texts) if public_texts else no_opinions(task)
+            scores = twin.score(written.texts, written.labels)  # line 5
         if cfg.score_on_devices:
             judged = Score(f"score-{step}", base, tuple(written.texts), tuple(written.labels))
             verdicts = yield from measured(Ask(judged, cohort, len(cohort), cfg.within_s))
@@ -203,14 +209,15 @@ def crosslm(
         feedback = scores
         if cfg.permute_feedback:
             feedback, opinions = rng.permutation(scores), rng.permutation(opinions)
-        losses = llm.update(  # line 6
-            written,
-            feedback.tolist(),
-            cfg.update,
-            seed=int(rng.integers(2**31)),
-            public=public_texts,
-            opinions=sharpen(opinions, 1 / cfg.sharpness),
-        )
+        with stage("update"):
+            losses = llm.update(  # line 6
+                written,
+                feedback.tolist(),
+                cfg.update,
+                seed=int(rng.integers(2**31)),
+                public=public_texts,
+                opinions=sharpen(opinions, 1 / cfg.sharpness),
+            )
         chosen = worth_keeping(task, written, feedback, cfg.tau)  # line 7
         pool.add(
             [written.texts[i] for i in chosen],
@@ -218,16 +225,18 @@ def crosslm(
             [float(feedback[i]) for i in chosen],
         )
         pool.trim(cfg.pool)
-        distilled, agreement = _distil(
-            llm, twin, pool, public_texts, opinions, cfg, seed=int(rng.integers(2**31))
-        )
+        with stage("distil"):
+            distilled, agreement = _distil(
+                llm, twin, pool, public_texts, opinions, cfg, seed=int(rng.integers(2**31))
+            )
         exchange.set_global(twin.factors)
         if pool.texts:
             yield Tell(pool.offer(step + 1), cohort)  # line 8
 
         whole = package_model if step == cfg.rounds - 1 else None
         name = f"{base}-distilled" if whole else f"{base}-crosslm-{step + 1}"
-        folder = (whole or package)(name, exchange.factors)
+        with stage("package"):
+            folder = (whole or package)(name, exchange.factors)
         release = yield Publish(exchange.family, name, folder, base=None if whole else base)
         reports = yield from measured(Ask(release.offer(), cohort, len(cohort), cfg.within_s))
         yield Note(
