@@ -36,7 +36,7 @@ RECIPES = {
     for recipe in (
         Recipe("llm", "llama", 320, 8, 5, 864, 8192, 512, steps=4000, lr=1.0e-3, micro=2),
         Recipe("slm-a", "llama", 192, 4, 3, 512, 8192, 512, steps=5000, lr=2.0e-3),
-        Recipe("slm-b", "qwen3", 192, 5, 3, 512, 4096, 512, steps=4000, lr=2.0e-3),
+        Recipe("slm-b", "qwen3", 192, 5, 3, 512, 4096, 512, steps=2500, lr=2.0e-3),
         Recipe("slm-c", "bert", 192, 4, 3, 768, 8192, 512, steps=4000, lr=1.0e-3),
     )
 }
