@@ -45,8 +45,6 @@ def program_of(
         raise ConfigError(
             f"{len(config.families)} families are configured; {config.program.name} takes one"
         )
-    if config.service.threads:
-        torch.set_num_threads(config.service.threads)
     family, spec = config.families[0], _spec(config)
     bundle = folder / "bundles" / family.name / base
     package = _adapter_packager(folder, family, bundle, spec)
@@ -61,6 +59,7 @@ def program_of(
     if config.program.name == "fedavg":
 
         def build_fedavg(resume: Commit | None) -> Program:
+            _take_threads(config)
             _, exchange = twin_and_exchange()
             plan = _fedavg_config(config)
             return fedavg(exchange, cohort, plan, base=base, package=package, resume=resume)
@@ -71,6 +70,7 @@ def program_of(
     judged = _texts(config.evaluation, labelled=True)
 
     def build_crosslm(resume: Commit | None) -> Program:
+        _take_threads(config)
         twin, exchange = twin_and_exchange()
         llm = Llm(
             Path(config.llm.path),
@@ -100,6 +100,12 @@ def program_of(
         )
 
     return build_crosslm
+
+
+def _take_threads(config: CoordinatorConfig) -> None:
+    # OpenMP counts threads per calling thread, so this is for the one that runs the program.
+    if config.service.threads:
+        torch.set_num_threads(config.service.threads)
 
 
 def _spec(config: CoordinatorConfig) -> LoraSpec:

@@ -1,6 +1,6 @@
 """The whole loop on this machine: `symbiont demo`, or `make demo` from a fresh clone.
 
-    symbiont demo                                  # a broker of its own, four devices, three rounds
+    symbiont demo                                  # a broker of its own, four devices, two rounds
     symbiont demo --broker mqtt://host:1883        # another broker
     symbiont demo --devices 2 --rounds 1 --json    # smaller; prints one JSON object
 
@@ -77,7 +77,7 @@ def register(subparsers: Any) -> None:
         "--broker", default="", help="use this broker: mqtt://[user:pass@]host:port"
     )
     parser.add_argument("--devices", type=int, default=4, help="1 to 4 (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of learning (default 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of learning (default 2)")
     parser.add_argument("--seed", type=int, default=7, help="same seed, same table up to timing")
     parser.add_argument(
         "--steps", type=int, default=60, help="optimizer steps a round (default 60)"
