@@ -169,7 +169,7 @@ def verdict(votes: F32, leanings: F32 | None) -> F32:
     first freed of its leaning (divided by it, times the leaning of all), and then counts, label by
     label, in proportion to how often its replica gives that label. Without leanings: the mean.
 
-    Source: label shift, Saerens et al. 2002 (10.1162/089976602753284446), equation 2.4, with the
+    Source: label shift, Saerens et al. 2002 (doi 10.1162/089976602753284446), with the
     leanings in place of the unseen label shares.
     """
     if leanings is None:

@@ -79,7 +79,7 @@ def train_adapter(
         FleetError: the loss is no longer a number; lower lr.
 
     Source: client objective L_k of CrossLM (arXiv 2312.05842), PAPERS.md 1 (b); logit adjustment
-    of Menon et al. (arXiv 2007.07314), equation 10, under the label skew of federated clients
+    of Menon et al. (arXiv 2007.07314), under the label skew of federated clients
     (FedLC, arXiv 2209.00189).
     """
     if not examples:
