@@ -20,9 +20,10 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
     """Add `export` to the command line."""
     parser = subparsers.add_parser(
         "export",
-        help="turn a trained decoder model into a bundle for devices",
-        description="Export a Hugging Face decoder model to int4 ONNX with LoRA inputs, compare it "
-        "with torch on the same weights, and write a bundle folder that can be published.",
+        help="turn a trained model into a bundle for devices",
+        description="Export a Hugging Face model, compare it with torch, and write a bundle folder "
+        "that can be published: a decoder to int4 ONNX with LoRA inputs, a text classifier "
+        "(ForSequenceClassification) to int8 ONNX; the options for weights are the decoder's.",
     )
     parser.add_argument("model", help="folder of save_pretrained, or a hub id such as org/name")
     parser.add_argument("out", type=Path, help="bundle folder to create")
@@ -63,6 +64,16 @@ def find_model(model: str) -> Path:
         ) from exc
 
 
+def is_classifier(folder: Path) -> bool:
+    """Whether the Hugging Face folder holds a text classifier, by its own config.json."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # the exporter says what is wrong with the folder
+    names = config.get("architectures") if isinstance(config, dict) else None
+    return any(str(name).endswith("ForSequenceClassification") for name in names or ())
+
+
 def _export(arguments: argparse.Namespace) -> int:
     texts = _read_text(arguments.text) if arguments.text else []
     from exporters.slm import SlmOptions, export_slm
@@ -76,23 +87,25 @@ def _export(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
     )
     begun = time.monotonic()
-    manifest = export_slm(
-        find_model(arguments.model),
-        arguments.out,
-        family=arguments.family,
-        release=arguments.release,
-        text_for_parity=texts,
-        options=options,
-    )
+    folder = find_model(arguments.model)
+    names = {"family": arguments.family, "release": arguments.release}
+    if is_classifier(folder):
+        from exporters.encoder import export_encoder
+
+        manifest = export_encoder(folder, arguments.out, text_for_parity=texts, **names)
+    else:
+        manifest = export_slm(
+            folder, arguments.out, text_for_parity=texts, options=options, **names
+        )
     found = {
         "bundle": str(arguments.out),
         "family": manifest.family,
         "release": manifest.release,
+        "kind": manifest.kind,
         "architecture": manifest.architecture,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "adapter_slots": len(manifest.adapter_slots),
-        "logit_error": manifest.parity["logit_error"],
-        "greedy_agreement": manifest.parity["greedy_agreement"],
+        **manifest.parity,
         "seconds": round(time.monotonic() - begun, 2),
     }
     if arguments.json:

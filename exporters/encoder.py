@@ -179,9 +179,8 @@ def _quantize(source: Path, target: Path) -> None:
 def _check(folder: Path, model: Any, tokenizer: Any, texts: list[str]) -> dict[str, float]:
     import torch
 
-    batch = tokenizer(
-        texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="np"
-    )
+    longest = min(MAX_TOKENS, model.config.max_position_embeddings)
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="np")
     takes = inspect.signature(model.forward).parameters
     feed: Feed = {name: value.astype(np.int64) for name, value in batch.items() if name in takes}
     with torch.inference_mode():

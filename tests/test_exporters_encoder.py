@@ -1,11 +1,13 @@
 """exporters: a classifier becomes two graphs that name torch's classes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from edge_sdk import cli
 from edge_sdk.errors import ExportError
 from exporters.bundle import check_release
 from exporters.encoder import INT8_FILE, export_encoder
@@ -63,3 +65,16 @@ def test_a_decoder_is_no_classifier(tmp_path: Path) -> None:
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not a model folder"):
         export_encoder(tmp_path / "absent", tmp_path / "out", family="e", release="r1")
+
+
+def test_the_command_exports_a_classifier_too(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(
+        ["export", str(source), str(tmp_path / "out"), "--family", "f", "--release", "r", "--json"]
+    )
+
+    found = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert code == 0
+    assert found["kind"] == "encoder"
+    assert (tmp_path / "out" / "onnx" / "model_quantized.onnx").is_file()
