@@ -180,7 +180,7 @@ border-radius:2px;margin:0 .35em 0 1em}footer{margin-top:3rem;color:var(--soft);
 
 def bar_chart(rows: list[tuple[str, list[tuple[float, str, str]]]], top: float, label: str) -> str:
     """Horizontal bars; each row is (name, [(value, css colour, text)]) on a scale from 0 to `top`."""
-    bar, gap, left, width = 16, 14, 150, 960
+    bar, gap, left, width = 16, 14, 175, 960
     y, parts = 6, []
     for name, bars in rows:
         middle = y + len(bars) * bar / 2 + 4
@@ -319,7 +319,10 @@ measured on each device's own held-out text, in ONNX Runtime.</p>
 models and synthetic data included: {size(results.wire_up)} up, {size(results.wire_down)} down.</p>
 {html_table(SENDING, sending_rows(results))}<br>
 {bar_chart(sent, max((float(d.raw_bytes) for d in devices), default=1.0), "bytes per device")}
-<h2>Rounds</h2>{html_table(round_columns, round_rows)}
+<h2>Rounds</h2>
+<p>Fidelity is the cosine between an update and what the coordinator decodes; the mean score is what the twins think of the
+texts the large model wrote; kept texts join the synthetic set that goes to the devices.</p>
+{html_table(round_columns, round_rows)}
 <h2>Releases</h2>{html_table(release_columns, release_rows)}
 <h2>Seconds per stage</h2><p>Summed over the processes, which share the machine's cores.</p>
 {bar_chart(stages, max(results.stages.values(), default=1.0), "seconds per stage")}
