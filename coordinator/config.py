@@ -11,11 +11,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_sdk.errors import ConfigError
+from edge_sdk.store.settings import read_config
 from edge_sdk.wire.config_rules import NOTHING, parse_toml
 from edge_sdk.wire.messages import Name, TextTask
-
-MAX_CONFIG_BYTES = 1 << 20
-"""A settings file is a page of text; anything larger was named by mistake."""
 
 _Path = Annotated[str, Meta(max_length=4096)]
 
@@ -216,7 +214,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
             ConfigError: unreadable, any of `parse_toml`'s complaints, or settings at odds.
         """
         path = Path(path)
-        config = parse_toml(read_text(path), cls, str(path), overrides=overrides)
+        config = parse_toml(read_config(path), cls, str(path), overrides=overrides)
         config._check(str(path))
         return config.resolved(path.resolve().parent)
 
@@ -271,22 +269,3 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
             public=replace(self.public, path=absolute(self.public.path)),
             evaluation=replace(self.evaluation, path=absolute(self.evaluation.path)),
         )
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a settings or secret file.
-
-    Raises:
-        ConfigError: missing, unreadable, too large or not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as exc:
-        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is over {MAX_CONFIG_BYTES} bytes; is it really a settings file?")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {exc.start} is wrong") from exc

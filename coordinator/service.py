@@ -15,7 +15,7 @@ from typing import Any, Self, TextIO
 from urllib.parse import quote
 
 from coordinator.algorithms.fedavg import mean_accuracy, measured
-from coordinator.config import CoordinatorConfig, FamilySection, read_text
+from coordinator.config import CoordinatorConfig, FamilySection
 from coordinator.desk import Desk
 from coordinator.events import Events
 from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
@@ -23,6 +23,7 @@ from coordinator.runner import Runner
 from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
 from edge_sdk.link.mqtt import MqttLink
+from edge_sdk.store.settings import read_secret
 from edge_sdk.wire.enrolment import sign_bundle
 from exporters.slm import SlmOptions, export_slm
 
@@ -247,8 +248,7 @@ def link_of(config: CoordinatorConfig) -> MqttLink:
     service = config.service
     url = service.broker
     if service.password_file:
-        lines = read_text(Path(service.password_file)).splitlines()
-        password = lines[0].strip() if lines else ""
+        password = read_secret(service.password_file)
         scheme, _, rest = url.partition("://")
         url = f"{scheme}://{quote(service.username, safe='')}:{quote(password, safe='')}@{rest}"
     return MqttLink(

@@ -26,7 +26,7 @@ import msgspec
 from msgspec import Struct
 
 from edge_sdk.collect import Example, ExampleStore, read_examples
-from edge_sdk.config import EdgeConfig, read_secret
+from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import (
     ConfigError,
     EnrolmentError,
@@ -52,6 +52,7 @@ from edge_sdk.memory import DeviceMemory
 from edge_sdk.models import ModelStore, child_probe
 from edge_sdk.store.keys import load_or_create
 from edge_sdk.store.mailbox import Letter, Mailbox
+from edge_sdk.store.settings import read_secret
 from edge_sdk.tasks import Event, Handled, TaskDesk
 from edge_sdk.wire.enrolment import EnrolmentCode
 from edge_sdk.wire.messages import Enrol, Enrolled, TextTask, decode, encode

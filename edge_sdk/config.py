@@ -10,12 +10,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_sdk.errors import ConfigError
+from edge_sdk.store.settings import read_config
 from edge_sdk.wire.config_rules import NOTHING, parse_toml
 from edge_sdk.wire.messages import Name
-
-MAX_CONFIG_BYTES = 1 << 20
-"""A settings file is a page of text; anything larger was named by mistake."""
 
 _Path = Annotated[str, Meta(max_length=4096)]
 _Threads = Annotated[int, Meta(ge=0, le=1024)]
@@ -234,34 +231,3 @@ class EdgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
             ),
             data=replace(self.data, examples=absolute(self.data.examples)),
         )
-
-
-def read_config(path: Path) -> str:
-    """Return the text of a settings file.
-
-    Raises:
-        ConfigError: missing, unreadable, too large or not UTF-8.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as exc:
-        raise ConfigError(f"cannot read the settings file {path}: {exc.strerror}") from exc
-    if len(data) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path} is over {MAX_CONFIG_BYTES} bytes; is it really a settings file?")
-    try:
-        return data.decode()
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 text: byte {exc.start} is wrong") from exc
-
-
-def read_secret(path: str) -> str:
-    """Return the first line of a secret file, "" for the path "".
-
-    Raises:
-        ConfigError: missing or unreadable.
-    """
-    if not path:
-        return ""
-    text = read_config(Path(path))
-    return text.splitlines()[0].strip() if text.strip() else ""

@@ -66,7 +66,7 @@ def examine(
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from edge_sdk.config import read_secret
+    from edge_sdk.store.settings import read_secret
 
     found = examine(
         broker=arguments.broker,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.collect import Example, ExampleStore, read_examples
-from edge_sdk.config import EdgeConfig, read_secret
+from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import ConfigError, DataError, StorageError
+from edge_sdk.store.settings import read_secret
 from edge_sdk.wire.config_rules import parse_overrides, parse_toml, template
 
 
