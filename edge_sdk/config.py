@@ -4,13 +4,14 @@ Knows the file `edge.toml`. Does not know what the settings are used for.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from edge_sdk.store.settings import read_config
+from edge_sdk.store.settings import absolute_path, read_config
 from edge_sdk.wire.config_rules import NOTHING, parse_toml
 from edge_sdk.wire.messages import Name
 
@@ -217,9 +218,7 @@ class EdgeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     def resolved(self, folder: Path) -> "EdgeConfig":
         """Return the same settings with every path made absolute, starting at `folder`."""
 
-        def absolute(path: str) -> str:
-            return str(folder / Path(path).expanduser()) if path else ""
-
+        absolute = partial(absolute_path, folder)
         replace = msgspec.structs.replace
         return replace(
             self,

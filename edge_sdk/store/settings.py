@@ -40,3 +40,8 @@ def read_secret(path: str) -> str:
         return ""
     text = read_config(Path(path))
     return text.splitlines()[0].strip() if text.strip() else ""
+
+
+def absolute_path(folder: Path, path: str) -> str:
+    """Return `path` as seen from `folder`, "" for the path "" (which means none)."""
+    return str(folder / Path(path).expanduser()) if path else ""
