@@ -10,10 +10,12 @@ themselves (trust.py decides those).
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -119,6 +121,35 @@ class ModelStore:
         """
         with _stored("keep a received file in"):
             _replace(self._incoming / _flat(path), data)
+
+    def put_file(self, path: str, source: Path) -> None:
+        """As `put`, for bytes that are in the file `source`, which is moved, not read.
+
+        A `source` that is gone because it was moved before a crash is no error, so a message may
+        be handled twice.
+
+        Raises:
+            TrustError: `source` is a link, has a second name (hard link), or is no plain file.
+            StorageError: the disk refuses, or there is no such file.
+        """
+        kept = self._incoming / _flat(path)
+        with _stored("keep a received file in"):
+            try:
+                seen = os.lstat(source)
+            except FileNotFoundError:
+                if kept.is_file():
+                    return
+                raise
+            if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1:
+                raise TrustError(f"the received file for {path} is not one plain file")
+            try:
+                os.replace(source, kept)
+            except OSError as exc:
+                if exc.errno != errno.EXDEV:
+                    raise
+                _copy(source, kept)
+                source.unlink()
+            _sync_folder(self._incoming)
 
     def install(self, offer: OfferModel, *, now: datetime) -> Held:
         """Verify every file, complete the release under its name, try it, and run it from now on.
@@ -341,6 +372,20 @@ def _replace(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
         _sync_folder(path.parent)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: Path, path: Path) -> None:
+    """Copy to another file system, piece by piece; complete under its name or not there."""
+    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file, source.open("rb") as old:
+            shutil.copyfileobj(old, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
     except OSError:
         Path(draft).unlink(missing_ok=True)
         raise

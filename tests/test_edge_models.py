@@ -238,3 +238,30 @@ def test_a_graph_that_is_no_graph_fails_its_trial(device: Device) -> None:
 
     with pytest.raises(RuntimeFailure, match="cannot be loaded"):
         child_probe(timeout_s=60)(held)
+
+
+def test_a_file_that_arrived_on_disk_is_moved_in_and_may_come_twice(
+    device: Device, tmp_path: Path
+) -> None:
+    wanted = offer(device.publisher, "r1")
+    for path in device.store.missing(wanted, now=_now()):
+        arrived = tmp_path / "arrived"
+        arrived.write_bytes(device.publisher.read(path))
+        device.store.put_file(path, arrived)
+        device.store.put_file(path, arrived)  # handled again after a crash
+        assert not arrived.exists()
+
+    assert device.store.install(wanted, now=_now()).release == "r1"
+
+
+def test_a_link_does_not_arrive(device: Device, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("outside")
+    (tmp_path / "soft").symlink_to(secret)
+    os.link(secret, tmp_path / "hard")
+
+    for name in ("soft", "hard"):
+        with pytest.raises(TrustError, match="not one plain file"):
+            device.store.put_file("tiny/r1/model.onnx", tmp_path / name)
+    with pytest.raises(StorageError):
+        device.store.put_file("tiny/r1/model.onnx", tmp_path / "absent")
