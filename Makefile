@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO_ARGS ?=
+TORTURE_ARGS ?=
 
-.PHONY: demo test check format clean
+.PHONY: demo test torture check format clean
 
 demo: $(READY)
 	$(BIN)/python -m edge_sdk demo $(DEMO_ARGS)
@@ -13,6 +14,10 @@ demo: $(READY)
 test: $(READY)
 	sh tests/system_packages.sh
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# The full figures, up to 40 minutes on two cores; e.g. make torture TORTURE_ARGS="--only F1,F3".
+torture: $(READY)
+	$(BIN)/python -m tests.torture --full $(TORTURE_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
