@@ -1,0 +1,174 @@
+"""What a device learns and judges with its own examples: synthetic sets, scores, training.
+
+Knows the examples, the trainer and the codec. Does not know releases' trust, links or the mailbox;
+what must survive goes back in `Handled`. No reply holds an example, a label of one, or a loss.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_sdk.collect import ExampleStore
+from edge_sdk.config import EdgeConfig
+from edge_sdk.errors import RuntimeFailure
+from edge_sdk.handled import CODEC, FEEDBACK, SYNTHETIC, Event, Handled, Recall
+from edge_sdk.measure import Stopwatch, peak_mb
+from edge_sdk.model_tasks import ModelDesk
+from edge_sdk.wire.messages import (
+    AdapterUpdate,
+    OfferData,
+    Score,
+    Scores,
+    TextTask,
+    TrainAdapter,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from compression.codec import Compressor, FeedbackState
+
+logger = logging.getLogger(__name__)
+
+
+class LearningDesk:
+    """Carries out what needs the device's examples or opinions; `models` has the open session."""
+
+    def __init__(
+        self,
+        config: EdgeConfig,
+        *,
+        task: TextTask,
+        examples: ExampleStore,
+        models: ModelDesk,
+        recall: Recall,
+        tell: Event,
+    ) -> None:
+        self._config, self._task = config, task
+        self._examples, self._models, self._recall = examples, models, recall
+        self._tell = tell
+
+    def data(self, offer: OfferData) -> Handled:
+        """Keep a synthetic set if it is newer than the one held.
+
+        Raises:
+            RuntimeFailure: its columns differ in length.
+        """
+        if not len(offer.texts) == len(offer.labels) == len(offer.weights):
+            raise RuntimeFailure("the synthetic set's texts, labels and weights differ in number")
+        known = self._synthetic()
+        if known is not None and known.version >= offer.version:
+            return Handled()
+        self._tell({"event": "data", "version": offer.version, "texts": len(offer.texts)})
+        return Handled(remember={SYNTHETIC: encode(offer)})
+
+    def _synthetic(self) -> OfferData | None:
+        saved = self._recall(SYNTHETIC)
+        offer = decode(saved) if saved else None
+        return offer if isinstance(offer, OfferData) else None
+
+    def score(self, task: Score) -> Handled:
+        """Say how well each label fits its text, in [0, 1].
+
+        Raises:
+            RuntimeFailure: another release, a label of no task, or columns that differ in length.
+        """
+        self._models.require(task.release)
+        if len(task.texts) != len(task.labels):
+            raise RuntimeFailure("the task's texts and labels differ in number")
+        if set(task.labels) - set(self._task.labels):
+            raise RuntimeFailure("the task names labels that its text task does not have")
+        scores = self._models.running().score(task.texts, task.labels)
+        bounded = tuple(min(1.0, max(0.0, float(score))) for score in scores)
+        return Handled((Scores(task.task_id, bounded),))
+
+    def train(self, order: TrainAdapter) -> Handled:
+        """Train on this device's examples and return the encoded change.
+
+        Raises:
+            RuntimeFailure: switched off, over the limits, or nothing to train on.
+            DataError: the examples do not serve the task.
+        """
+        held = self._models.require(order.release)
+        settings = self._config.train
+        if not settings.enabled:
+            raise RuntimeFailure("training is switched off on this device")
+        if order.steps > settings.max_steps:
+            raise RuntimeFailure(
+                f"{order.steps} steps are over this device's limit of {settings.max_steps}"
+            )
+        examples = [(x.text, x.label) for x in self._examples.training()]
+        if not examples:
+            raise RuntimeFailure("this device has no examples to train on")
+        codec, feedback = self._codec(order)
+        try:
+            from edge_sdk.train.local import Means, train_locally
+        except ImportError as exc:
+            raise RuntimeFailure("training needs the train extra, absent on this device") from exc
+        watch = Stopwatch()
+        offered = self._synthetic()
+        extra = (
+            list(zip(offered.texts, offered.labels, offered.weights, strict=True))
+            if offered
+            else []
+        )
+        change = train_locally(
+            order,
+            Path(held.bundle),
+            self._task,
+            examples,
+            extra,
+            means=Means(settings.memory_mb, settings.threads, settings.max_tokens),
+            seed=order.seed + settings.seed,
+            watch=watch,
+            progress=self._progress(order.task_id),
+        )
+        from compression.errors import CodecError
+
+        with watch.stage("encode"):
+            try:
+                encoded = codec.encode(change, feedback, order.bytes_target)
+            except CodecError as exc:
+                raise RuntimeFailure(f"the update cannot be encoded: {exc}") from exc
+        update = AdapterUpdate(
+            task_id=order.task_id,
+            round=order.round,
+            release=order.release,
+            codec_id=codec.codec_id,
+            codes=encoded.data,
+            examples=len(examples),
+            raw_bytes=codec.raw_bytes,
+            cosine=max(-1.0, min(1.0, encoded.cosine)),
+            seconds=watch.seconds,
+            peak_mb=peak_mb(),
+        )
+        self._tell({"event": "trained", "task": order.task_id, "bytes": len(encoded.data)})
+        return Handled((update,), {FEEDBACK: feedback.to_bytes(), CODEC: codec.to_bytes()})
+
+    def _codec(self, order: TrainAdapter) -> "tuple[Compressor, FeedbackState]":
+        from compression.codec import Compressor, FeedbackState
+        from compression.errors import CodecError
+
+        data = order.codec or self._recall(CODEC)
+        try:
+            codec = Compressor.from_bytes(data) if data else None
+        except CodecError as exc:
+            raise RuntimeFailure(f"the codec cannot be used: {exc}") from exc
+        if codec is None or codec.codec_id != order.codec_id:
+            raise RuntimeFailure(f"codec {order.codec_id} is not here and was not sent along")
+        try:
+            feedback = FeedbackState.from_bytes(self._recall(FEEDBACK))
+            feedback.tensors(codec.layout)  # of this layout?
+        except CodecError as exc:
+            logger.info("error feedback begins anew: %s", exc)
+            feedback = FeedbackState()
+        return codec, feedback
+
+    def _progress(self, task_id: str) -> Callable[[int, int, float], None]:
+        def step(done: int, total: int, _loss: float) -> None:
+            # The loss stays here: it says something about the examples.
+            if done == total or done % max(1, total // 20) == 0:
+                self._tell({"event": "training", "task": task_id, "done": done, "total": total})
+
+        return step

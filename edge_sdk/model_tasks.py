@@ -1,0 +1,200 @@
+"""Releases on the device: offered, fetched, verified, swapped in, measured.
+
+Knows the model store and the open session. Does not know examples' use in training, links or the
+mailbox; what must survive goes back in `Handled`.
+"""
+
+import logging
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from edge_sdk.collect import ExampleStore
+from edge_sdk.config import EdgeConfig
+from edge_sdk.errors import RuntimeFailure, TrustError
+from edge_sdk.handled import FEEDBACK, OFFER, Event, Handled, Recall
+from edge_sdk.measure import Stopwatch, peak_mb
+from edge_sdk.models import Held, ModelStore
+from edge_sdk.wire.messages import (
+    File,
+    ModelReport,
+    OfferModel,
+    TextTask,
+    WantFiles,
+    decode,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from edge_sdk.runtime import SlmSession
+
+logger = logging.getLogger(__name__)
+
+
+class ModelDesk:
+    """Carries out what concerns the model this device runs.
+
+    Attributes:
+        session: the open model, None before the first release.
+    """
+
+    def __init__(
+        self,
+        config: EdgeConfig,
+        *,
+        task: TextTask,
+        examples: ExampleStore,
+        models: ModelStore,
+        recall: Recall,
+        tell: Event,
+    ) -> None:
+        self._config, self._task = config, task
+        self._examples, self._models, self._recall = examples, models, recall
+        self._tell = tell
+        self.session: SlmSession | None = None
+
+    def open_current(self) -> None:
+        """Open the release that runs, or the one before it if that fails; nothing if none is held.
+
+        Raises:
+            RuntimeFailure: neither can be opened.
+        """
+        held = self._models.current
+        if held is None:
+            return
+        try:
+            self._use(held)
+        except RuntimeFailure:
+            if self._models.previous is None:
+                raise
+            self._use(self._models.roll_back())
+
+    def close(self) -> None:
+        """Close the open model."""
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+
+    def offer(self, offer: OfferModel, now: datetime) -> Handled:
+        """Fetch what is lacking of a release, or install it when all is here.
+
+        Raises:
+            RuntimeFailure: a family this device does not accept, or a model that does not run.
+            TrustError: the release must not be run.
+        """
+        accepted = self._config.device.families
+        if accepted and offer.family not in accepted:
+            raise RuntimeFailure(f"family {offer.family} is not one this device accepts")
+        watch = Stopwatch()
+        with watch.stage("verify"):
+            missing = self._models.missing(offer, now=now)
+        if missing:
+            return Handled((WantFiles(offer.task_id, missing),), {OFFER: encode(offer)})
+        return self._install(offer, now, watch)
+
+    def file(self, file: File, now: datetime) -> Handled:
+        """Take in one file of the awaited release; the last one installs it.
+
+        Raises:
+            TrustError: not a file of the offer, or not the one that was signed.
+            RuntimeFailure: the model does not run; the former one does.
+        """
+        saved = self._recall(OFFER)
+        offer = decode(saved) if saved else None
+        if not isinstance(offer, OfferModel) or offer.task_id != file.task_id:
+            logger.info("a file of a release that is no longer awaited; ignored")
+            return Handled()
+        if file.path not in offer.targets:
+            raise TrustError("a file came that the offer does not name")
+        watch = Stopwatch()
+        with watch.stage("verify"):
+            self._models.put(file.path, file.data)
+            missing = self._models.missing(offer, now=now)
+        if file.path in missing:
+            raise TrustError(f"{file.path} is not the file that was signed")
+        if missing:
+            return Handled()
+        return self._install(offer, now, watch)
+
+    def _install(self, offer: OfferModel, now: datetime, watch: Stopwatch) -> Handled:
+        before = self._models.current
+        with watch.stage("swap"):
+            held = self._models.install(offer, now=now)
+            try:
+                self._use(held)
+            except RuntimeFailure:
+                if self._models.previous is not None:
+                    self._use(self._models.roll_back())
+                raise
+        report = self._measure(offer.task_id, held, watch)
+        self._tell(
+            {
+                "event": "model",
+                "release": held.release,
+                "accuracy": report.accuracy,
+                "tokens_per_s": report.tokens_per_s,
+            }
+        )
+        forget = {OFFER: b""}
+        if before is None or before.bundle != held.bundle:
+            forget[FEEDBACK] = b""  # what is owed belongs to the adapter of another base
+        return Handled((report,), forget)
+
+    def _use(self, held: Held) -> None:
+        """Answer with `held` from now on; a new adapter over the open bundle needs no loading."""
+        from edge_sdk.runtime import SlmSession
+
+        session = self.session
+        if session is None or str(session.folder) != held.bundle:
+            runtime = self._config.runtime
+            session = SlmSession(
+                held.bundle,
+                threads=runtime.threads,
+                max_tokens=runtime.max_tokens,
+                task=self._task,
+            )
+        session.set_adapter(held.adapter_path)
+        # Answers still being written keep the session they began with; it goes when they end.
+        self.session = session
+
+    def _measure(self, task_id: str, held: Held, watch: Stopwatch) -> ModelReport:
+        from edge_sdk.runtime import accuracy
+
+        session = self.running()
+        own = self._examples.held_out()
+        with watch.stage("measure"):
+            share = accuracy(session, [x.text for x in own], [x.label for x in own])
+            speed = session.measure_speed()
+        return ModelReport(
+            task_id=task_id,
+            release=held.release,
+            accuracy=share,
+            examples=len(own),
+            tokens_per_s=speed,
+            peak_mb=peak_mb(),
+            seconds=watch.seconds,
+        )
+
+    def running(self) -> "SlmSession":
+        """Return the open model.
+
+        Raises:
+            RuntimeFailure: there is none yet.
+        """
+        if self.session is None:
+            raise RuntimeFailure("this device holds no model yet")
+        return self.session
+
+    def require(self, release: str) -> Held:
+        """Return what is held, if a task for `release` can be carried out with it.
+
+        Raises:
+            RuntimeFailure: another release runs here.
+        """
+        held = self._models.current
+        # An adapter release trains and scores over its bundle, so a task may name either.
+        if held is None or release not in (held.release, held.base_release):
+            raise RuntimeFailure(
+                f"the task is for release {release}, this device runs "
+                f"{held.release if held else 'none'}"
+            )
+        return held
