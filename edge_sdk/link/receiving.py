@@ -161,7 +161,7 @@ class Receiver:
 
     def _believe(self, peer: str, manifest: Manifest, public: PublicIdentity) -> None:
         header = manifest.header
-        if header.recipient_key != self.identity.public.receive_id:
+        if header.recipient_key != self.identity.public.key_id(header.suite):
             reason = "sealed for a key that is not in use here any more; seal it again"
             self._reject(peer, header, manifest.digest, Refusal.WRONG_KEY, reason)
             return
