@@ -22,14 +22,18 @@ import msgspec
 
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError, EnrolmentError
-from edge_sdk.wire.enrolment import SECRET_BYTES, EnrolmentCode, check_secret, secret_hash
+from edge_sdk.wire.enrolment import (
+    LONGEST_CODE_S,
+    SECRET_BYTES,
+    EnrolmentCode,
+    check_secret,
+    secret_hash,
+)
 from edge_sdk.wire.messages import Enrol, Name
 from edge_sdk.wire.seal import PublicIdentity
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TOKEN_S = 24 * 3600
-"""A code lies around in a chat or on paper; after a day it is worth nothing (PROTOCOL.md 1.4)."""
 FAULTS_BEFORE_QUARANTINE = 5
 """Refused replies after which a device is left out until the operator enrols it again."""
 RESERVED = "coordinator"
@@ -84,9 +88,9 @@ class Fleet:
             ConfigError: not a device name, or it would last longer than a day.
         """
         _check_device(device)
-        if not 0 < lasts_s <= LONGEST_TOKEN_S:
+        if not 0 < lasts_s <= LONGEST_CODE_S:
             raise ConfigError(
-                f"a code for {lasts_s:.0f} s is not allowed; allowed: up to {LONGEST_TOKEN_S} s"
+                f"a code for {lasts_s:.0f} s is not allowed; allowed: up to {LONGEST_CODE_S} s"
             )
         token_id, secret = f"t-{os.urandom(6).hex()}", os.urandom(SECRET_BYTES)
         expires = int(self._now() + lasts_s)

@@ -17,7 +17,8 @@ class CoordinatorKeys:
     """The newest bundle that the root key of our enrolment code has signed.
 
     Give `lookup` and `receive` to a device's Courier as `lookup=` and `keys=`. `bundle` is what an
-    earlier run kept; when it cannot be believed any more, the retained one is waited for.
+    earlier run kept; when it cannot be believed any more, the retained one is waited for. `now` is
+    what expiry is judged by, on a device a SignedTime, and `heard` is told when a bundle was made.
     """
 
     def __init__(
@@ -28,7 +29,9 @@ class CoordinatorKeys:
         now: Callable[[], float],
         bundle: bytes = b"",
         keep: Callable[[bytes], None] | None = None,
+        heard: Callable[[float], None] | None = None,
     ) -> None:
+        self._heard = heard
         self._tenant = tenant
         self._root_hash = root_hash
         self._now = now
@@ -87,6 +90,9 @@ class CoordinatorKeys:
 
     def _verified(self, data: bytes) -> KeyBundle:
         held = self._current.version if self._current is not None else 0
-        return KeyBundle.verify(
+        bundle = KeyBundle.verify(
             data, self._root_hash, self._now(), tenant=self._tenant, newer_than=held
         )
+        if self._heard is not None:
+            self._heard(bundle.issued_s)
+        return bundle

@@ -33,7 +33,22 @@ def load_or_create(path: Path) -> Identity:
         raise StorageError(f"cannot use the key file {path}: {exc}; check disk and rights") from exc
 
 
-def _load(path: Path) -> Identity:
+def save(path: Path, identity: Identity) -> None:
+    """Put `identity` in the place of what is in `path`; a power cut leaves the old or the new.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_private(path, _text(identity))
+
+
+def read_private(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a secret file.
+
+    Raises:
+        ConfigError: others may read it.
+        OSError: it is not there, or cannot be read.
+    """
     with path.open("rb") as file:
         mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         if os.name == "posix" and mode & 0o077:
@@ -41,7 +56,29 @@ def _load(path: Path) -> Identity:
                 f"the key file {path} has mode {mode:04o} and may be read by others; "
                 f"if nobody has, run `chmod 600 {path}`, else remove it and enrol again"
             )
-        data = file.read(_MAX_BYTES)
+        return file.read(max_bytes)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a secret file (mode 0600) in one step, in the place of the one that may be there.
+
+    Raises:
+        StorageError: the disk is full or refuses; the old file stays.
+    """
+    beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
+    try:
+        try:
+            _write(beside, data)
+            os.replace(beside, path)
+            _sync_names(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as exc:
+        raise StorageError(f"cannot write {path}: {exc}; check disk and rights") from exc
+
+
+def _load(path: Path) -> Identity:
+    data = read_private(path, _MAX_BYTES)
     try:
         if not data.startswith(_HEADING):
             raise ValueError("no heading")
@@ -58,20 +95,32 @@ def _create(path: Path, identity: Identity) -> None:
     # Written beside and linked into place: a power cut leaves a whole file or none, and the first
     # of two who create wins.
     beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
-    file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with os.fdopen(file, "wb") as writer:
-            writer.write(_HEADING + base64.b64encode(identity.to_bytes()) + b"\n")
-            writer.flush()
-            os.fsync(writer.fileno())
+        _write(beside, _text(identity))
         try:
             os.link(beside, path)
         except FileExistsError:
             return
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_names(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _text(identity: Identity) -> bytes:
+    return _HEADING + base64.b64encode(identity.to_bytes()) + b"\n"
+
+
+def _write(path: Path, data: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(file, "wb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _sync_names(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

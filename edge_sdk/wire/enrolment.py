@@ -18,12 +18,15 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError
+from edge_sdk.wire.identity import HYBRID_PUBLIC_BYTES
 from edge_sdk.wire.messages import Count, Name
 from edge_sdk.wire.seal import Identity, PublicIdentity
 
 PREFIX = "symbiont1:"
 SECRET_BYTES = 16
 MAX_CODE_CHARS = 1024
+LONGEST_CODE_S = 24 * 3600
+"""A code lies around in a chat or on paper; after a day it is worth nothing (PROTOCOL.md 1.4)."""
 MAX_BUNDLE_BYTES = 4096
 _CHECK_BYTES = 4
 _BUNDLE = "symbiont/v1/keys"
@@ -75,6 +78,11 @@ class EnrolmentCode(Struct, frozen=True, forbid_unknown_fields=True, array_like=
         except (binascii.Error, ValueError, msgspec.DecodeError) as exc:
             raise EnrolmentError("this is not an enrolment code; copy it again") from exc
 
+    @property
+    def issued_s(self) -> int:
+        """Return the earliest time at which this code can have been made."""
+        return max(0, self.expires_s - LONGEST_CODE_S)
+
     def check_fresh(self, now_s: float) -> None:
         """Check that the code may still be used at `now_s`.
 
@@ -115,7 +123,8 @@ def check_secret(stored: bytes, token_id: str, secret: bytes) -> None:
 class KeyBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """The coordinator's current public keys, as its tenant's root key signed them.
 
-    `version` grows with each bundle; `expires_s` is in seconds since 1970, UTC.
+    `version` grows with each bundle; times are in seconds since 1970, UTC. `issued_s` tells devices
+    how late it is at least, 0 does not.
     """
 
     version: Count
@@ -124,11 +133,13 @@ class KeyBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=True
     receive: Key
     expires_s: Count
     root: Key
+    issued_s: Count = 0
+    hybrid: Annotated[bytes, Meta(max_length=HYBRID_PUBLIC_BYTES)] = b""
 
     @property
     def identity(self) -> PublicIdentity:
         """Return the keys to seal for, and to check signatures with."""
-        return PublicIdentity(self.sign, self.receive)
+        return PublicIdentity(self.sign, self.receive, self.hybrid)
 
     @classmethod
     def verify(
@@ -167,8 +178,10 @@ class KeyBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=True
                 f"the coordinator's keys are version {bundle.version}, older than {newer_than}; "
                 "wait for the current ones"
             )
-        if now_s >= bundle.expires_s:
-            raise EnrolmentError("the coordinator's keys have expired; check the clock, then wait")
+        if max(now_s, bundle.issued_s) >= bundle.expires_s:
+            raise EnrolmentError(
+                "the coordinator's keys have expired; wait until it announces new ones"
+            )
         PublicIdentity.from_bytes(bundle.identity.to_bytes())
         return bundle
 
@@ -179,9 +192,24 @@ class _SignedBundle(Struct, frozen=True, forbid_unknown_fields=True, array_like=
 
 
 def sign_bundle(
-    root: Identity, keys: PublicIdentity, *, tenant: str, version: int, expires_s: int
+    root: Identity,
+    keys: PublicIdentity,
+    *,
+    tenant: str,
+    version: int,
+    expires_s: int,
+    issued_s: int = 0,
 ) -> bytes:
     """Return the signed bundle that tells devices the coordinator's `keys`."""
-    bundle = KeyBundle(version, tenant, keys.sign, keys.receive, expires_s, root.public.sign)
+    bundle = KeyBundle(
+        version,
+        tenant,
+        keys.sign,
+        keys.receive,
+        expires_s,
+        root.public.sign,
+        issued_s,
+        keys.hybrid,
+    )
     body = msgspec.msgpack.encode(bundle)
     return msgspec.msgpack.encode(_SignedBundle(body, root.sign(_BUNDLE, body)))
