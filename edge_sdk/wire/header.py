@@ -9,6 +9,7 @@ a header has one encoding only.
 import re
 import struct
 from dataclasses import dataclass
+from typing import TypedDict
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.wire.identity import KEY_ID_BYTES, SUITE_HYBRID, SUITE_X25519
@@ -24,8 +25,22 @@ MAX_HEADER_BYTES = 1024
 
 _NAMES = ("tenant", "sender", "recipient", "kind", "task")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_NUMBERS = struct.Struct(">QQQQII")  # sequence, created, expires, plaintext, chunk size, chunks
+_TIMES = struct.Struct(">QQQ")  # sequence, created, expires
 _SIZES = struct.Struct(">QII")  # plaintext, chunk size, chunks
+
+
+class Fields(TypedDict):
+    """What the caller chooses of a header; the rest follows from keys and message."""
+
+    tenant: str
+    sender_id: str
+    recipient_id: str
+    kind: str
+    task: str
+    stream: bytes
+    sequence: int
+    created_s: int
+    expires_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +81,20 @@ class Header:
         fault = _fault(self)
         if fault:
             raise LocalProtocolError(f"cannot make this header: {fault}")
+        names = b"".join(_prefixed(getattr(self, name)) for name in _NAMES)
         times = (self.sequence, self.created_s, self.expires_s)
-        sizes = (self.plaintext_bytes, self.chunk_bytes, self.chunks)
-        return b"".join(
-            [
-                bytes([self.version, self.suite]),
-                *(_prefixed(getattr(self, name)) for name in _NAMES),
-                self.sender_key + self.recipient_key + self.stream,
-                _NUMBERS.pack(*times, *sizes),
-            ]
-        )
+        numbers = _TIMES.pack(*times) + self._sizes()
+        ids = self.sender_key + self.recipient_key + self.stream
+        return bytes([self.version, self.suite]) + names + ids + numbers
 
     def shared(self) -> bytes:
         """Return the bytes of the fields that all recipients of one encrypted body have alike."""
         names = (self.tenant, self.sender, self.kind, self.task)
-        sizes = _SIZES.pack(self.plaintext_bytes, self.chunk_bytes, self.chunks)
-        return bytes([self.version]) + b"".join(map(_prefixed, names)) + self.sender_key + sizes
+        head = bytes([self.version]) + b"".join(map(_prefixed, names)) + self.sender_key
+        return head + self._sizes()
+
+    def _sizes(self) -> bytes:
+        return _SIZES.pack(self.plaintext_bytes, self.chunk_bytes, self.chunks)
 
     @classmethod
     def decode(cls, data: bytes) -> "Header":
@@ -91,9 +104,7 @@ class Header:
             RemoteProtocolError: anything else.
         """
         if len(data) > MAX_HEADER_BYTES:
-            raise RemoteProtocolError(
-                f"a header of {len(data)} bytes is over the limit of {MAX_HEADER_BYTES}"
-            )
+            raise RemoteProtocolError(f"{len(data)} bytes of header, {MAX_HEADER_BYTES} at most")
         try:
             header = _parse(data)
         except (IndexError, struct.error, UnicodeDecodeError) as exc:
@@ -133,32 +144,28 @@ def _parse(data: bytes) -> Header:
         names.append(data[at + 1 : end].decode("ascii"))
         at = end
     ids = at + 2 * KEY_ID_BYTES
-    numbers_at = ids + STREAM_BYTES
-    numbers = _NUMBERS.unpack(data[numbers_at:])  # also refuses anything appended
+    times_at = ids + STREAM_BYTES
+    times = _TIMES.unpack_from(data, times_at)
+    sizes = _SIZES.unpack(data[times_at + _TIMES.size :])  # also refuses anything appended
     tenant, sender, recipient, kind, task = names
     keys = (data[at : at + KEY_ID_BYTES], data[at + KEY_ID_BYTES : ids])
     first = (data[0], data[1], tenant, sender, keys[0], recipient, keys[1], kind, task)
-    return Header(*first, data[ids:numbers_at], *numbers)
+    return Header(*first, data[ids:times_at], *times, *sizes)
 
 
 def _fault(header: Header) -> str:
     if header.version != VERSION or header.suite not in (SUITE_X25519, SUITE_HYBRID):
-        return (
-            f"version {header.version} and suite {header.suite} are not known here, only "
-            f"{VERSION} with {SUITE_X25519} or {SUITE_HYBRID}; update this side"
-        )
+        return f"version {header.version}, suite {header.suite} is unknown; update this side"
     for name in _NAMES:
         if not _NAME.fullmatch(getattr(header, name)):
-            return f"{name} is not a name of 1 to 128 letters, digits, '.', '_' or '-'"
+            return f"{name} is not 1 to 128 letters, digits, '.', '_' or '-'"
     if (len(header.sender_key), len(header.recipient_key), len(header.stream)) != (8, 8, 16):
         return "key ids are 8 bytes and stream ids 16"
     for name in ("sequence", "created_s", "expires_s"):
         if not 0 <= getattr(header, name) < 2**63:  # what SQLite stores
             return f"{name} is outside 0 to 2^63 - 1"
     if not 0 <= header.plaintext_bytes <= MAX_MESSAGE_BYTES:
-        return (
-            f"a message of {header.plaintext_bytes} bytes is over the limit of {MAX_MESSAGE_BYTES}"
-        )
+        return f"{header.plaintext_bytes} bytes are over the limit of {MAX_MESSAGE_BYTES}"
     if header.chunk_bytes != CHUNK_BYTES:
         return f"chunks of {header.chunk_bytes} bytes, not {CHUNK_BYTES}"
     if header.chunks != count_chunks(header.plaintext_bytes):

@@ -41,10 +41,7 @@ class PublicIdentity:
     def __post_init__(self) -> None:
         sizes = (len(self.sign), len(self.receive), len(self.hybrid))
         if sizes not in ((32, 32, 0), (32, 32, HYBRID_PUBLIC_BYTES)):
-            raise RemoteProtocolError(
-                "a public identity is two keys of 32 bytes each and at most one of "
-                f"{HYBRID_PUBLIC_BYTES}, not {sizes}"
-            )
+            raise RemoteProtocolError(f"keys of {sizes} bytes are not a public identity")
 
     @property
     def suite(self) -> int:
@@ -149,11 +146,8 @@ class Identity:
         if len(data) == 64:
             return cls(signing, receiving)
         seed, point = data[64 : 64 + _SEED_BYTES], data[64 + _SEED_BYTES :]
-        pair = (
-            MLKEM768PrivateKey.from_seed_bytes(seed),
-            X25519PrivateKey.from_private_bytes(point),
-        )
-        return cls(signing, receiving, pair)
+        lattice = MLKEM768PrivateKey.from_seed_bytes(seed)
+        return cls(signing, receiving, (lattice, X25519PrivateKey.from_private_bytes(point)))
 
     def sign(self, kind: str, body: bytes) -> bytes:
         """Return the 64-byte Ed25519 signature over `body` for the purpose `kind`."""

@@ -19,7 +19,7 @@ list of chunks is not an empty message.
 
 Step 3 leaves out what differs between recipients (recipient, its key, wrap, stream, sequence, times
 and suite), and nothing else: so one encrypted body serves a whole cohort, each device getting its
-own wrap and signature (`Sealer.readdress`), with no second kind of envelope to review.
+own wrap and signature (`Sealer.begin(body=...)`), with no second kind of envelope to review.
 
 Not promised: that sender, recipient, kind, task and size stay hidden (they are in the header, in
 clear), nor that a message was sent recently (the mailbox refuses repeats, the caller old ones).
@@ -29,11 +29,12 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Unpack
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hpke import (
@@ -54,6 +55,7 @@ from edge_sdk.wire.header import (
     STREAM_BYTES,
     TAG_BYTES,
     VERSION,
+    Fields,
     Header,
     chunk_size,
     count_chunks,
@@ -83,6 +85,7 @@ __all__ = [  # the other rooms need only this module to seal and open
     "TAG_BYTES",
     "VERSION",
     "WRAP_BYTES",
+    "Fields",
     "Header",
     "Identity",
     "Manifest",
@@ -163,43 +166,43 @@ class Sealer:
         cls,
         plaintext_bytes: int,
         *,
-        tenant: str,
-        sender_id: str,
-        recipient_id: str,
-        kind: str,
-        task: str,
-        stream: bytes,
-        sequence: int,
-        created_s: int,
-        expires_s: int,
         sender: PublicIdentity,
         recipient: PublicIdentity,
+        body: "Sealer | None" = None,
+        **fields: Unpack[Fields],
     ) -> "Sealer":
         """Start a message of `plaintext_bytes` for `recipient`, in the suite it has a key for.
 
+        `body` is a sealer of the same message for somebody else (a broadcast): what was sealed
+        there need not be sealed again, only the wrap and the signature are new.
+
         Raises:
-            LocalProtocolError: a header field or the size is out of range.
+            LocalProtocolError: a header field or the size is out of range, or `body` is of another
+                sender, kind, task or size.
         """
         header = Header(
             VERSION,
             recipient.suite,
-            tenant,
-            sender_id,
+            fields["tenant"],
+            fields["sender_id"],
             sender.sign_id,
-            recipient_id,
+            fields["recipient_id"],
             recipient.receive_id,
-            kind,
-            task,
-            stream,
-            sequence,
-            created_s,
-            expires_s,
+            fields["kind"],
+            fields["task"],
+            fields["stream"],
+            fields["sequence"],
+            fields["created_s"],
+            fields["expires_s"],
             plaintext_bytes,
             CHUNK_BYTES,
             count_chunks(plaintext_bytes),
         )
-        file_key = os.urandom(32)
-        return cls(header, file_key, _wrap(file_key, header, recipient))
+        file_key, hashes = (body.file_key, body._hashes) if body else (os.urandom(32), [])
+        wrap = _wrap(file_key, header, recipient)  # refuses a header out of range
+        if body and body.header.shared() != header.shared():
+            raise LocalProtocolError("messages of one body may differ in their recipients only")
+        return cls(header, file_key, wrap, hashes)
 
     @classmethod
     def again(cls, manifest: bytes, file_key: bytes) -> "Sealer":
@@ -211,37 +214,6 @@ class Sealer:
         header, wrap, hashes, _ = _split(manifest)
         return cls(header, file_key, wrap, _hash_list(hashes))
 
-    def readdress(
-        self,
-        *,
-        recipient_id: str,
-        stream: bytes,
-        sequence: int,
-        created_s: int,
-        expires_s: int,
-        recipient: PublicIdentity,
-    ) -> "Sealer":
-        """Return a sealer of the same encrypted body for another recipient (a broadcast).
-
-        What was sealed here already need not be sealed there: only the wrap and the signature are
-        new, and the chunks are the same bytes for all.
-
-        Raises:
-            LocalProtocolError: a header field is out of range.
-        """
-        header = replace(
-            self.header,
-            suite=recipient.suite,
-            recipient=recipient_id,
-            recipient_key=recipient.receive_id,
-            stream=stream,
-            sequence=sequence,
-            created_s=created_s,
-            expires_s=expires_s,
-        )
-        wrap = _wrap(self.file_key, header, recipient)
-        return Sealer(header, self.file_key, wrap, self._hashes)
-
     def chunk(self, index: int, plaintext: bytes | memoryview) -> bytes:
         """Return the encrypted chunk `index`.
 
@@ -252,14 +224,10 @@ class Sealer:
             LocalProtocolError: parts out of order, or one of a wrong size.
             SealError: another plaintext, or another file key, than at the first time.
         """
-        known = len(self._hashes)
-        if not 0 <= index <= known or index >= self.header.chunks:
+        known, last = len(self._hashes), self.header.chunks - 1
+        if not 0 <= index <= min(known, last) or len(plaintext) != plain_size(self.header, index):
             raise LocalProtocolError(
-                f"part {index} of {self.header.chunks} was given, expected {known}"
-            )
-        if len(plaintext) != plain_size(self.header, index):
-            raise LocalProtocolError(
-                f"part {index} has {len(plaintext)} bytes, not {plain_size(self.header, index)}"
+                f"part {index} of {len(plaintext)} bytes does not fit; {known} are sealed so far"
             )
         sealed = self._cipher.encrypt(_nonce(self.header, index), plaintext, None)
         digest = chunk_hash(sealed)
@@ -275,50 +243,24 @@ class Sealer:
         Raises:
             LocalProtocolError: not every chunk was sealed yet, or not by this sender.
         """
-        header = self.header
-        if (len(self._hashes), sender.public.sign_id) != (header.chunks, header.sender_key):
-            raise LocalProtocolError(
-                f"{len(self._hashes)} of {header.chunks} chunks are sealed, or another key signs"
-            )
+        header, count = self.header, len(self._hashes)
+        if (count, sender.public.sign_id) != (header.chunks, header.sender_key):
+            raise LocalProtocolError(f"{count} of {header.chunks} parts, or another sender's key")
         head = header.encode()
         body = _U16.pack(len(head)) + head + self._wrap + b"".join(self._hashes)
         return body + sender.sign(_MANIFEST_TYPE, body)
 
 
 def seal(
-    plaintext: bytes,
-    *,
-    tenant: str,
-    sender_id: str,
-    recipient_id: str,
-    kind: str,
-    task: str,
-    stream: bytes,
-    sequence: int,
-    created_s: int,
-    expires_s: int,
-    sender: Identity,
-    recipient: PublicIdentity,
+    plaintext: bytes, *, sender: Identity, recipient: PublicIdentity, **fields: Unpack[Fields]
 ) -> Sealed:
     """Encrypt `plaintext` for `recipient` and sign it as `sender`.
 
     Raises:
         LocalProtocolError: a header field or the size is out of range.
     """
-    sealer = Sealer.begin(
-        len(plaintext),
-        tenant=tenant,
-        sender_id=sender_id,
-        recipient_id=recipient_id,
-        kind=kind,
-        task=task,
-        stream=stream,
-        sequence=sequence,
-        created_s=created_s,
-        expires_s=expires_s,
-        sender=sender.public,
-        recipient=recipient,
-    )
+    public = sender.public
+    sealer = Sealer.begin(len(plaintext), sender=public, recipient=recipient, **fields)
     chunks = _chunks(sealer, plaintext)
     return Sealed(sealer.manifest(sender), chunks, sealer.file_key)
 
@@ -363,10 +305,8 @@ def peek_header(manifest: bytes) -> Header:
     Raises:
         RemoteProtocolError: not a manifest.
     """
-    if len(manifest) > MAX_MANIFEST_BYTES or len(manifest) < _U16.size:
-        raise RemoteProtocolError(
-            f"a manifest of {len(manifest)} bytes is outside 2 to {MAX_MANIFEST_BYTES}"
-        )
+    if not _U16.size <= len(manifest) <= MAX_MANIFEST_BYTES:
+        raise RemoteProtocolError(f"{len(manifest)} bytes are no manifest")
     (length,) = _U16.unpack_from(manifest)
     return Header.decode(bytes(manifest[2 : 2 + length]))
 
@@ -491,24 +431,24 @@ def _hash_list(hashes: bytes) -> tuple[bytes, ...]:
 
 
 def _wrap(file_key: bytes, header: Header, recipient: PublicIdentity) -> bytes:
-    info = _wrap_info(header)
-    if header.suite == SUITE_X25519:
-        point = X25519PublicKey.from_public_bytes(recipient.receive)
-        return _HPKE[SUITE_X25519].encrypt(file_key, point, info=info)
-    lattice = MLKEM768PublicKey.from_public_bytes(recipient.hybrid[:MLKEM_PUBLIC_BYTES])
-    point = X25519PublicKey.from_public_bytes(recipient.hybrid[MLKEM_PUBLIC_BYTES:])
-    pair = MLKEM768X25519PublicKey(lattice, point)
-    return _HPKE[SUITE_HYBRID].encrypt(file_key, pair, info=info)
+    key: X25519PublicKey | MLKEM768X25519PublicKey
+    if header.suite == SUITE_HYBRID:
+        lattice = MLKEM768PublicKey.from_public_bytes(recipient.hybrid[:MLKEM_PUBLIC_BYTES])
+        point = X25519PublicKey.from_public_bytes(recipient.hybrid[MLKEM_PUBLIC_BYTES:])
+        key = MLKEM768X25519PublicKey(lattice, point)
+    else:
+        key = X25519PublicKey.from_public_bytes(recipient.receive)
+    return _HPKE[header.suite].encrypt(file_key, key, info=_wrap_info(header))
 
 
 def _unwrap(manifest: Manifest, recipient: Identity) -> bytes:
-    info = _wrap_info(manifest.header)
-    if manifest.header.suite == SUITE_X25519:
-        return _HPKE[SUITE_X25519].decrypt(manifest.wrap, recipient.receiving, info=info)
-    if recipient.hybrid is None:
-        raise ValueError("no hybrid key")
-    pair = MLKEM768X25519PrivateKey(*recipient.hybrid)
-    return _HPKE[SUITE_HYBRID].decrypt(manifest.wrap, pair, info=info)
+    header = manifest.header
+    key: X25519PrivateKey | MLKEM768X25519PrivateKey = recipient.receiving
+    if header.suite == SUITE_HYBRID:
+        if recipient.hybrid is None:
+            raise ValueError("sealed to a hybrid key, and there is none")
+        key = MLKEM768X25519PrivateKey(*recipient.hybrid)
+    return _HPKE[header.suite].decrypt(manifest.wrap, key, info=_wrap_info(header))
 
 
 def _wrap_info(header: Header) -> bytes:
