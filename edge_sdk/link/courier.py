@@ -27,6 +27,7 @@ from edge_sdk.link.base import Link
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver
 from edge_sdk.link.sending import Progress, Sender
+from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import AnyMessage, Enrol, encode
 from edge_sdk.wire.seal import Identity, PublicIdentity
@@ -62,6 +63,7 @@ class Courier:
         admit: on the coordinator, decides on an Enrol inside that same transaction.
         keys: on a device, called with the coordinator's retained key bundle (unverified bytes).
         progress: called often, from the worker thread.
+        ledger: on a device, where each message is noted before it leaves.
         clock: a monotonic clock; tests pass their own and call `step`.
     """
 
@@ -80,6 +82,7 @@ class Courier:
         admit: Admit | None = None,
         keys: Callable[[bytes], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        ledger: Ledger | None = None,
         clock: Callable[[], float] = monotonic,
         patience_s: float = PATIENCE_S,
         window_bytes: int = WINDOW_BYTES,
@@ -123,6 +126,7 @@ class Courier:
             patience_s=patience_s,
             window_bytes=window_bytes,
             lifetime_s=lifetime_s,
+            ledger=ledger,
         )
         self._receiver = Receiver(
             mailbox=mailbox,

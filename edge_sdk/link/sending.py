@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from edge_sdk.errors import SealError
 from edge_sdk.link.base import Link
+from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Mailbox, Posted
 from edge_sdk.wire.seal import (
     CHUNK_BYTES,
@@ -95,6 +96,8 @@ class Sender:
     patience_s: float
     window_bytes: int
     lifetime_s: float
+    ledger: Ledger | None = None
+    """On a device: where it is noted what leaves, before it does."""
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
     _peers: dict[bytes, str] = field(default_factory=dict)
 
@@ -142,7 +145,9 @@ class Sender:
             return current.kind
         frames = outgoing.receive(frame)
         if outgoing.done:
-            self.mailbox.mark_done(current.stream)
+            with self.mailbox.transaction():
+                self.mailbox.mark_done(current.stream)
+                self._note_end(current)
             self._report(current, current.size)
             self._settle(current)
         elif outgoing.rejected is not None:
@@ -175,6 +180,8 @@ class Sender:
 
     def _begin(self, item: Posted, peer: PublicIdentity) -> None:
         sealed = self._sealed(item, peer)
+        if self.ledger is not None:
+            self.ledger.begin(item, sealed.manifest)
         now = self.clock()
         current = _Stream(
             stream=item.stream,
@@ -232,6 +239,8 @@ class Sender:
             self._end(current)
             return None
         sealed = self._sealed(item, peer)
+        if self.ledger is not None:
+            self.ledger.begin(item, sealed.manifest)
         current.manifest = sealed.manifest
         current.outgoing = self._outgoing(current.stream, current.kind, sealed, peer)
         current.outgoing.start()
@@ -278,6 +287,8 @@ class Sender:
                 return
             if not self.publish(current.to, current.kind, data):
                 break
+            if self.ledger is not None:
+                self.ledger.count(current.stream, len(data))
         current.sent_at = self.clock()
         current.due = current.sent_at + self._jittered(current.wait_s)
 
@@ -291,12 +302,20 @@ class Sender:
 
     def _park(self, current: _Stream, reason: str) -> None:
         logger.warning("%s to %s was set aside: %s", current.kind, current.to[:12], reason)
-        self.mailbox.park(current.stream, reason)
+        with self.mailbox.transaction():
+            self.mailbox.park(current.stream, reason)
+            self._note_end(current, refused=reason)
         self._settle(current)
+
+    def _note_end(self, current: _Stream, *, refused: str = "") -> None:
+        if self.ledger is not None:
+            self.ledger.end(current.stream, refused=refused)
 
     def _settle(self, current: _Stream) -> None:
         self._end(current)
         self._peers.pop(current.stream, None)
+        if self.ledger is not None:
+            self.ledger.forget(current.stream)
         self.settled(current.stream)
 
     def _end(self, current: _Stream) -> None:
