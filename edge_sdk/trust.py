@@ -7,16 +7,23 @@ keys in the trusted root; no role's version ever falls; timestamp, snapshot and 
 one another; nothing past its expiry at `now`; a file's length and hashes are those of the signed
 targets. What is trusted lives in its own folder, apart from the models, so that deleting models
 never forgets a version.
+
+Ours, beside them: where the owner's targets name a director, a release must be assigned to this
+device or to everyone, by an entry that repeats the hash of the release's manifest.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from tuf.api import exceptions as tuf
-from tuf.api._payload import TargetFile
+from tuf.api._payload import Root, TargetFile, Targets
+from tuf.api.metadata import Metadata
 from tuf.ngclient.config import UpdaterConfig
 from tuf.ngclient.fetcher import FetcherInterface
 from tuf.ngclient.updater import Updater
@@ -29,8 +36,9 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
+from edge_sdk.wire.manifest import MANIFEST_FILE, director_path
 
-__all__ = ["TargetFile", "TrustedRelease", "is_target"]
+__all__ = ["TargetFile", "TrustedRelease", "held_targets", "is_target", "open_plain"]
 
 _HERE = "offer:/"  # URLs name places inside an offer; nothing is ever fetched from anywhere
 
@@ -84,6 +92,30 @@ class TrustedRelease:
             raise TrustError(f"{path} is not among the files its owner signed")
         return found
 
+    def check_assigned(self, family: str, release: str, device: str) -> None:
+        """Check that the director lets `device` run `family`/`release`.
+
+        A repository without a director assigns every release to everyone.
+
+        Raises:
+            TrustError: it is assigned to nobody, or to others; or the director names other bytes
+                than those among the signed targets.
+        """
+        if self._updater._trusted_set.targets.delegations is None:
+            return
+        manifest = self.target(f"{family}/{release}/{MANIFEST_FILE}")
+        with _translated():
+            for who in (device, "") if device else ("",):
+                entry = self._updater.get_targetinfo(director_path(family, release, who))
+                if entry is None:
+                    continue
+                if (entry.length, entry.hashes) != (manifest.length, manifest.hashes):
+                    raise TrustError(
+                        f"{family}/{release} is assigned with other bytes than were signed"
+                    )
+                return
+        raise TrustError(f"{family}/{release} is not assigned to this device")
+
     def take(self, target: TargetFile, source: Path, destination: Path) -> None:
         """Copy `source` to `destination` if and only if it is `target`'s very bytes.
 
@@ -97,16 +129,59 @@ class TrustedRelease:
             _sync(destination)
 
 
+def held_targets(folder: Path, root: bytes) -> Mapping[str, TargetFile]:
+    """Return the targets last trusted, by path, from the memory in `folder` alone.
+
+    For models that are here already: signatures are checked from `root` on, expiry is not, since a
+    device that hears nothing from its owner keeps its model.
+
+    Raises:
+        SignatureError: the memory is not signed by the owner.
+        TrustError: there is no such memory, or it cannot be read.
+    """
+    with _translated():
+        try:
+            trusted: Metadata[Root] = Metadata.from_bytes(root)
+            while True:
+                path = folder / "root_history" / f"{trusted.signed.version + 1}.root.json"
+                if not path.is_file():
+                    break
+                following: Metadata[Root] = Metadata.from_bytes(path.read_bytes())
+                for judge in (trusted.signed, following.signed):
+                    judge.verify_delegate("root", following.signed_bytes, following.signatures)
+                trusted = following
+            kept: Metadata[Targets] = Metadata.from_bytes((folder / "targets.json").read_bytes())
+        except FileNotFoundError as exc:
+            raise TrustError("this device has not trusted any release yet") from exc
+        trusted.signed.verify_delegate("targets", kept.signed_bytes, kept.signatures)
+    return kept.signed.targets
+
+
 def is_target(path: Path, target: TargetFile) -> bool:
-    """Return whether the file at `path` holds `target`'s very bytes."""
+    """Return whether the file at `path` is one plain file that holds `target`'s very bytes."""
     try:
-        if path.stat().st_size != target.length:
-            return False
-        with path.open("rb") as file:
+        with open_plain(path) as file:
+            if os.fstat(file.fileno()).st_size != target.length:
+                return False
             target.verify_length_and_hashes(file)
     except (OSError, tuf.LengthOrHashMismatchError):
         return False
     return True
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Open a file to read, if it is a regular file with one name: no link of any kind, no pipe.
+
+    Raises:
+        OSError: it is not, or cannot be opened.
+    """
+    # Without O_NONBLOCK a named pipe would hold us until somebody writes to it.
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    seen = os.fstat(handle)
+    if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1:
+        os.close(handle)
+        raise OSError(errno.EPERM, "not one plain file", str(path))
+    return os.fdopen(handle, "rb")
 
 
 class _OfferFetcher(FetcherInterface):
@@ -129,7 +204,7 @@ class _OfferFetcher(FetcherInterface):
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_plain(path) as file:
         while piece := file.read(1 << 20):
             yield piece
 

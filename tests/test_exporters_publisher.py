@@ -185,7 +185,7 @@ def test_metadata_is_renewed_before_it_expires(
 def test_keys_are_private_and_never_overwritten(publisher: Publisher) -> None:
     keys = sorted((publisher.folder / "keys").iterdir())
 
-    assert [key.stem for key in keys] == ["root", "snapshot", "targets", "timestamp"]
+    assert [key.stem for key in keys] == ["director", "root", "snapshot", "targets", "timestamp"]
     assert {stat.S_IMODE(key.stat().st_mode) for key in keys} == {0o600}
     with pytest.raises(ExportError, match="already holds"):
         publisher.init()

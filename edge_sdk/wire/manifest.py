@@ -4,6 +4,7 @@ Knows the fields and their limits. Does not know whether to believe them (TUF's 
 that by hash, edge_sdk/models.py), nor files, ONNX or torch.
 """
 
+import hashlib
 from typing import Annotated, Literal
 
 import msgspec
@@ -75,3 +76,12 @@ def decode_manifest(data: bytes) -> ReleaseManifest:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"not a release manifest: {exc}") from exc
+
+
+def director_path(family: str, release: str, device: str = "") -> str:
+    """Return the target path under which the director lets `device` run a release.
+
+    "" stands for every device. A device is named by a hash, since all devices read all entries.
+    """
+    who = hashlib.sha256(device.encode()).hexdigest()[:16] if device else "everyone"
+    return f"director/{family}/{who}/{release}"
