@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError, StorageError
-from edge_sdk.store.mailbox import WINDOW, Acceptance, Mailbox
+from edge_sdk.store.mailbox import Acceptance, Mailbox
+from edge_sdk.wire.replay import WINDOW
 from edge_sdk.wire.seal import CHUNK_BYTES, Header
 
 HEADER = Header(

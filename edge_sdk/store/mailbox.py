@@ -23,10 +23,9 @@ from pathlib import Path
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 from edge_sdk.store.database import Database
+from edge_sdk.wire.replay import WINDOW, take
 from edge_sdk.wire.seal import Header, new_stream
 
-WINDOW = 64
-"""How many sequence numbers behind the highest accepted one may still arrive."""
 MAX_STORE_BYTES = 4 * 1024**3
 """Default size at which a store takes no more letters; eight of the largest messages."""
 
@@ -290,19 +289,10 @@ class Mailbox(Database):
             owner,
         ).fetchone()
         highest, seen = (row[0], int.from_bytes(row[1], "big")) if row else (0, 0)
-        ahead = header.sequence - highest
-        # Bit i of `seen` is the number `highest - i`. Numbers start at 1; 0 is never accepted.
-        if header.sequence < 1 or ahead <= -WINDOW or (ahead <= 0 and seen >> -ahead & 1):
-            raise RemoteProtocolError(
-                f"message {header.sequence} from {header.sender} is a repeat or too far behind "
-                f"{highest}; it was not taken again"
-            )
-        # Python's integers grow as far as a lying peer counts ahead; cut before the shift.
-        seen = (seen << ahead if ahead < WINDOW else 0) | 1 if ahead > 0 else seen | 1 << -ahead
-        seen &= (1 << WINDOW) - 1
+        highest, seen = take(highest, seen, header.sequence)
         db.execute(
             "INSERT OR REPLACE INTO windows VALUES (?, ?, ?, ?, ?)",
-            (*owner, max(highest, header.sequence), seen.to_bytes(WINDOW // 8, "big")),
+            (*owner, highest, seen.to_bytes(WINDOW // 8, "big")),
         )
 
     def unread(self) -> list[Letter]:
