@@ -1,10 +1,12 @@
 #!/bin/sh
-# What the tests need beyond pip: a real MQTT broker and a real browser for the report page.
+# What the tests need beyond pip: a real MQTT broker, a browser for the report page, and strace
+# for the power-cut suite (tests/torture/f7_power.py).
 # Installs them with apt when it can; else says how. Never skips in silence.
 missing=""
 command -v mosquitto >/dev/null 2>&1 || [ -x /usr/sbin/mosquitto ] || missing="$missing mosquitto"
 command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 \
   || command -v google-chrome >/dev/null 2>&1 || missing="$missing chromium"
+command -v strace >/dev/null 2>&1 || missing="$missing strace"
 [ -z "$missing" ] && exit 0
 
 if [ "$(id -u)" = 0 ]; then run=""; elif sudo -n true 2>/dev/null; then run="sudo"; else run="no"; fi
