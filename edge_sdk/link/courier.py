@@ -27,6 +27,7 @@ from edge_sdk.link.base import Link
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver
 from edge_sdk.link.sending import Progress, Sender
+from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import AnyMessage, Enrol, encode
@@ -52,7 +53,7 @@ class Courier:
     Args:
         link: how to reach the broker; `start` connects it and `close` closes it.
         mailbox: outbox and inbox; what `send` puts there outlives this process.
-        identity: our private keys.
+        identity: our private keys; a Keyring when they change over time.
         tenant: first part of our topics.
         me: our id; "coordinator" is the coordinator, any other a device.
         lookup: a peer's public keys now, or None for unknown and revoked peers.
@@ -71,7 +72,7 @@ class Courier:
         self,
         link: Link,
         mailbox: Mailbox,
-        identity: Identity,
+        identity: Identity | Keyring | OneKey,
         *,
         tenant: str,
         me: str,
@@ -110,9 +111,10 @@ class Courier:
         self._closing = False
         self._worker: threading.Thread | None = None
         self._next_scan = 0.0
+        ring = OneKey(identity) if isinstance(identity, Identity) else identity
         self._sender = Sender(
             mailbox=mailbox,
-            identity=identity,
+            ring=ring,
             tenant=tenant,
             me=me,
             lookup=lookup,
@@ -130,7 +132,7 @@ class Courier:
         )
         self._receiver = Receiver(
             mailbox=mailbox,
-            identity=identity,
+            ring=ring,
             tenant=tenant,
             me=me,
             lookup=lookup,

@@ -39,6 +39,7 @@ class CoordinatorKeys:
         self._changed = threading.Condition()
         self._current: KeyBundle | None = None
         self._failure: FleetError | None = None
+        self._arrived = False
         if bundle:
             try:
                 self._current = self._verified(bundle)
@@ -49,6 +50,13 @@ class CoordinatorKeys:
         """Return the coordinator's keys, or None for any other name or while none are known."""
         current = self._current
         return current.identity if current is not None and name == COORDINATOR else None
+
+    def announced(self, name: str) -> PublicIdentity | None:
+        """Return what `lookup` does, but None until a bundle has arrived in this run.
+
+        To seal by: the bundle brings the time, and a message is sealed for a time.
+        """
+        return self.lookup(name) if self._arrived else None
 
     def receive(self, data: bytes) -> None:
         """Take a bundle that arrived; only one that verifies and is not older counts.
@@ -66,6 +74,7 @@ class CoordinatorKeys:
             raise
         with self._changed:
             fresh, self._current = bundle != self._current, bundle
+            self._arrived = True
             self._changed.notify_all()
         if fresh and self._keep is not None:
             self._keep(data)

@@ -7,7 +7,8 @@ The rules, in the order they are checked (PROTOCOL.md 1.3, 1.4, 5.4):
 
 1. the topic names the peer; the broker let nobody else write there;
 2. the peer is enrolled and not revoked, or the message is an Enrol that brings its own keys;
-3. the manifest is signed by that peer and addressed to us, under a key we have;
+3. the manifest is signed by that peer and addressed to us, under a key we have (WRONG_KEY lets
+   the sender seal anew, with nothing lost, when either side has changed keys);
 4. a stream that was accepted before is answered with Done and nothing else;
 5. chunks are checked against the manifest as they come, and kept, so a transfer resumes;
 6. the whole message opens, decodes, and is what its header says;
@@ -21,7 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError
+from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.sending import Progress
+from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.mailbox import Acceptance, Mailbox
 from edge_sdk.wire.messages import MAX_MESSAGE_BYTES, AnyMessage, Enrol, decode
 from edge_sdk.wire.seal import (
@@ -52,6 +55,8 @@ MAX_ENROL_BYTES = 32 * 1024
 """An Enrol comes from somebody we do not know; it is small, and nothing larger is kept for it."""
 _STREAMS_PER_PEER = 8  # half-received messages in memory; the oldest is dropped, and resumes later
 _REMEMBERED_REJECTS = 1024
+_OTHER_KEY = "signed with another key than the one known of this sender; sign it again"
+_RETIRED = "sealed for a key that is not in use here any more; seal it again"
 
 Accept = Callable[[Header, AnyMessage], None]
 """The application's part of accepting a message, inside the mailbox's transaction."""
@@ -71,7 +76,7 @@ class Receiver:
     """Takes what peers offer and answers it."""
 
     mailbox: Mailbox
-    identity: Identity
+    ring: Keyring | OneKey
     tenant: str
     me: str
     lookup: Callable[[str], PublicIdentity | None]
@@ -84,6 +89,11 @@ class Receiver:
     admit: Admit | None
     _transfers: OrderedDict[tuple[str, bytes], _Transfer] = field(default_factory=OrderedDict)
     _rejects: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
+
+    @property
+    def identity(self) -> Identity:
+        """The keys we sign with now."""
+        return self.ring.identity
 
     def offer(self, peer: str, offer: Offer) -> str:
         """Answer an Offer with Want, Done or Reject; return the kind of message it is about.
@@ -100,9 +110,14 @@ class Receiver:
             self.publish(peer, header.kind, self._rejects[digest])
             return header.kind
         public = self._sender(peer, header.kind, offer.keys)
+        if public is None and self.me != COORDINATOR:
+            return header.kind  # our coordinator's keys are on their way; it will offer again
         if public is None:
             reason = "this sender is not enrolled here, or was revoked"
             self._reject(peer, header, digest, Refusal.UNKNOWN_SENDER, reason)
+            return header.kind
+        if header.sender_key != public.sign_id:
+            self._reject(peer, header, digest, Refusal.UNKNOWN_SENDER, _OTHER_KEY)
             return header.kind
         try:
             manifest = read_manifest(
@@ -161,9 +176,8 @@ class Receiver:
 
     def _believe(self, peer: str, manifest: Manifest, public: PublicIdentity) -> None:
         header = manifest.header
-        if header.recipient_key != self.identity.public.key_id(header.suite):
-            reason = "sealed for a key that is not in use here any more; seal it again"
-            self._reject(peer, header, manifest.digest, Refusal.WRONG_KEY, reason)
+        if self.ring.opener(header.recipient_key, header.suite) is None:
+            self._reject(peer, header, manifest.digest, Refusal.WRONG_KEY, _RETIRED)
             return
         if self.mailbox.accepted(header):
             self._answer(
@@ -211,11 +225,18 @@ class Receiver:
 
     def _commit(self, peer: str, transfer: _Transfer) -> tuple[Refusal | None, str]:
         manifest, header = transfer.manifest, transfer.manifest.header
-        if header.kind != "Enrol" and self.lookup(peer) != transfer.public:
-            return Refusal.UNKNOWN_SENDER, "this sender was revoked, or has new keys"
+        if header.kind != "Enrol":
+            known = self.lookup(peer)
+            if known is None:
+                return Refusal.UNKNOWN_SENDER, "this sender was revoked"
+            if known.sign != transfer.public.sign:
+                return Refusal.UNKNOWN_SENDER, _OTHER_KEY
+        opener = self.ring.opener(header.recipient_key, header.suite)
+        if opener is None:
+            return Refusal.WRONG_KEY, _RETIRED  # its time ended while the chunks came
         stored = self.mailbox.chunks(header.stream, manifest.digest)
         try:
-            plaintext = unseal(manifest, transfer.incoming.assemble(stored), self.identity)
+            plaintext = unseal(manifest, transfer.incoming.assemble(stored), opener)
         except SealError as exc:
             return Refusal.UNREADABLE, str(exc)
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from edge_sdk.errors import SealError
 from edge_sdk.link.base import Link
+from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Mailbox, Posted
 from edge_sdk.wire.seal import (
@@ -80,7 +81,7 @@ class Sender:
     """Sends what the outbox holds until the receiver's signed Done arrives."""
 
     mailbox: Mailbox
-    identity: Identity
+    ring: Keyring | OneKey
     tenant: str
     me: str
     lookup: Callable[[str], PublicIdentity | None]
@@ -100,6 +101,11 @@ class Sender:
     """On a device: where it is noted what leaves, before it does."""
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
     _peers: dict[bytes, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """The keys we sign with now."""
+        return self.ring.identity
 
     def expect(self, stream: bytes, to: str) -> None:
         """Note whom a new stream is for, so that it is not read from the disk to find out."""
@@ -202,7 +208,7 @@ class Sender:
         self._send(current, frames)
 
     def _sealed(self, item: Posted, peer: PublicIdentity) -> Sealed:
-        if item.manifest and peek_header(item.manifest).recipient_key == peer.receive_id:
+        if item.manifest and not self._outdated(item.manifest, peer):
             try:
                 return reseal(item.message, item.manifest, item.file_key)
             except SealError:
@@ -224,6 +230,11 @@ class Sender:
         )
         self.mailbox.keep_seal(item.stream, sealed.manifest, sealed.file_key)
         return sealed
+
+    def _outdated(self, manifest: bytes, peer: PublicIdentity) -> bool:
+        header = peek_header(manifest)
+        keys = (header.recipient_key, header.sender_key)
+        return keys != (peer.receive_id, self.identity.public.sign_id)
 
     def _outgoing(self, stream: bytes, kind: str, sealed: Sealed, peer: PublicIdentity) -> Outgoing:
         keys = self._keys(kind)
@@ -265,8 +276,8 @@ class Sender:
         if peer is None:
             self._end(current)  # its keys are gone; refill asks again
             return
-        if peek_header(current.manifest).recipient_key != peer.receive_id:
-            self._load(current)  # the peer has a new receive key: seal for that one
+        if self._outdated(current.manifest, peer):
+            self._load(current)  # the peer or we have new keys: seal with those
         if current.outgoing is not None and current.quiet <= _IDLE_RESENDS:
             frames = current.outgoing.resend()
         else:
@@ -293,10 +304,15 @@ class Sender:
         current.due = current.sent_at + self._jittered(current.wait_s)
 
     def _rejected(self, current: _Stream, reject: Reject) -> None:
-        if reject.refusal is Refusal.WRONG_KEY:
-            # We sealed for a key the peer has retired. `_again` seals anew once we know the next.
+        peer = self.lookup(current.to)
+        better = peer is not None and self._outdated(current.manifest, peer)
+        changing = better or self.ring.coming is not None
+        unknown = reject.refusal is Refusal.UNKNOWN_SENDER
+        if reject.refusal is Refusal.WRONG_KEY or (unknown and changing):
+            # Sealed with keys that one side has retired: `_again` seals anew, at once if we know
+            # the new ones already.
             current.outgoing = None
-            current.due = self.clock() + self._jittered(current.wait_s)
+            current.due = self.clock() + (0.0 if better else self._jittered(current.wait_s))
             return
         self._park(current, reject.reason)
 

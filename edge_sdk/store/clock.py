@@ -19,6 +19,13 @@ KEEP_EVERY_S = 600.0
 """How much time a restart may forget; the next signed message brings it back."""
 
 
+def since_start() -> float:
+    """Return a monotonic clock in seconds that counts sleep too where the system can."""
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
+
+
 class SignedTime:
     """A clock that only signatures move, forwards. Call it for seconds since 1970, UTC.
 
@@ -31,7 +38,7 @@ class SignedTime:
         *,
         floor_s: float = 0.0,
         keep: Callable[[float], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = since_start,
     ) -> None:
         self._clock, self._keep = clock, keep
         self._lock = threading.Lock()

@@ -181,6 +181,8 @@ class Keyring:
 class OneKey:
     """A Keyring of one identity that never changes; for tests and tools."""
 
+    coming: Identity | None = None
+
     def __init__(self, identity: Identity) -> None:
         self.identity = identity
         self._ids = {
