@@ -35,14 +35,7 @@ from edge_sdk.errors import (
     RuntimeFailure,
     StorageError,
 )
-from edge_sdk.leaving import (
-    DEVICE_KINDS,
-    Leaving,
-    explain_message,
-    explain_possible,
-    explain_sizes,
-    fields_of,
-)
+from edge_sdk.leaving import Leaving, explain_all
 from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier, part
 from edge_sdk.link.keys import CoordinatorKeys
@@ -51,6 +44,7 @@ from edge_sdk.measure import peak_mb
 from edge_sdk.memory import DeviceMemory
 from edge_sdk.models import ModelStore, child_probe
 from edge_sdk.store.keys import load_or_create
+from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Letter, Mailbox
 from edge_sdk.store.settings import read_secret
 from edge_sdk.tasks import Event, Handled, TaskDesk
@@ -64,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """Pause after this machine's disk refused; an operator frees space in minutes, not milliseconds."""
-_MEMBER, _REQUEST, _KEYS, _SENT = "membership", "request", "keys", "sent:"
+_MEMBER, _REQUEST, _KEYS = "membership", "request", "keys"
 
 
 class Membership(Struct, frozen=True, forbid_unknown_fields=True):
@@ -116,6 +110,7 @@ class EdgeDevice:
             self._state / "mailbox.db", max_bytes=config.device.store_mb * 1024 * 1024
         )
         self._memory = DeviceMemory(self._mailbox)
+        self.ledger = Ledger(self._mailbox, now)
         data = config.data
         self._examples = ExampleStore(
             self._state / "examples.db", held_out=data.held_out, limit=data.max_examples
@@ -167,6 +162,7 @@ class EdgeDevice:
             self._background.join()
         if self._courier is not None:
             self._courier.close()
+            self.ledger.close()
         if self._desk is not None:
             self._desk.close()
         self._examples.close()
@@ -243,7 +239,6 @@ class EdgeDevice:
         with self._mailbox.transaction():
             stream = courier.send(COORDINATOR, request, task=task)
             self._memory.remember(_REQUEST, msgspec.msgpack.encode((task, stream)))
-            self._memory.remember(_SENT + "Enrol", msgspec.msgpack.encode(fields_of(request)))
         return stream
 
     def _keep(self, membership: Membership) -> None:
@@ -396,7 +391,6 @@ class EdgeDevice:
                 kind = type(reply).__name__
                 task = getattr(reply, "task_id", letter.task)
                 self._mailbox.put(COORDINATOR, kind, task, encode(reply))
-                self._memory.remember(_SENT + kind, msgspec.msgpack.encode(fields_of(reply)))
             for name, value in handled.remember.items():
                 self._memory.remember(name, value)
             self._mailbox.mark_read(letter.id)
@@ -408,25 +402,19 @@ class EdgeDevice:
     # --- what others may see ------------------------------------------------------------------
 
     def explain(self) -> list[Leaving]:
-        """Return, field by field, what waits to leave, what last left, and what ever could."""
+        """Return, field by field, what waits to leave, what last left, and what ever could.
+
+        Which device this is, message kinds, sizes and times travel in clear besides
+        (`edge_sdk.leaving.IN_CLEAR`).
+        """
         member = self.membership
         coordinator = self._known_keys(member).lookup(COORDINATOR) if member else None
         key = coordinator.receive_id.hex() if coordinator else ""
-        rows: list[Leaving] = []
-        seen: set[str] = set()
-        for stream in self._mailbox.pending():
-            item = self._mailbox.posted(stream)
-            if item is not None:
-                seen.add(item.kind)
-                rows += explain_message(decode(item.message), to=item.to, key=key, state="waiting")
-        for kind in DEVICE_KINDS:
-            saved = self._memory.recall(_SENT + kind.__name__)
-            if saved and kind.__name__ not in seen:
-                seen.add(kind.__name__)
-                sizes = msgspec.msgpack.decode(saved, type=dict[str, int])
-                rows += explain_sizes(kind.__name__, sizes, to=COORDINATOR, key=key, state="sent")
-        missing = [kind.__name__ for kind in DEVICE_KINDS if kind.__name__ not in seen]
-        return rows + explain_possible(missing, to=COORDINATOR, key=key)
+        with self._mailbox.transaction() as rows:
+            streams = rows.execute("SELECT stream FROM outbox ORDER BY rowid").fetchall()
+            found = [self._mailbox.posted(stream) for (stream,) in streams]
+        items = [item for item in found if item is not None]
+        return explain_all(items, self.ledger.entries(), to=COORDINATOR, key=key)
 
     def status(self) -> dict[str, object]:
         """Return figures about this device, without any text of its examples."""
@@ -498,6 +486,7 @@ class EdgeDevice:
             rng=random.Random(),
             keys=self._keys.receive,
             window_bytes=self.config.link.window_kb * 1024,
+            ledger=self.ledger,
         )
         self._courier.start()
         return self._courier

@@ -8,6 +8,8 @@ import json
 import signal
 import sys
 import threading
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from edge_sdk.config import EdgeConfig
@@ -41,6 +43,10 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
 
     _command(commands, "status", _status, "show what this device holds")
     _command(commands, "explain", _explain, "show what would leave this device")
+
+    ledger = _command(commands, "ledger", _ledger, "show what did leave this device")
+    ledger.add_argument("--since", default="", help="24h, 7d, or a date such as 2026-11-20")
+    ledger.add_argument("--verify", action="store_true", help="recompute the chain of hashes first")
 
 
 def _command(
@@ -165,16 +171,74 @@ def _status(arguments: argparse.Namespace) -> int:
 
 def _explain(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
+    from edge_sdk.leaving import IN_CLEAR
 
     with EdgeDevice(_config(arguments)) as device:
         rows = device.explain()
     if arguments.json:
         plain = [{name: getattr(row, name) for name in row.__struct_fields__} for row in rows]
-        print(json.dumps({"leaving": plain}))
+        print(json.dumps({"leaving": plain, "in_clear": IN_CLEAR}))
         return 0
-    print(f"{'message':14} {'field':14} {'bytes':>9}  {'state':9} {'content':18} sealed to")
+    print(f"{'message':14} {'field':14} {'bytes':>9}  {'state':9} {'sealed to':28} what it says")
     for row in rows:
         size = f"{row.bytes:9}" if row.state != "possible" else f"{'-':>9}"
         sealed = f"{row.to} {row.key}".strip()
-        print(f"{row.message:14} {row.field:14} {size}  {row.state:9} {row.content:18} {sealed}")
+        print(f"{row.message:14} {row.field:14} {size}  {row.state:9} {sealed:28} {row.meaning}")
+    print("\nIn clear, for the broker and whoever reads the traffic to it:")
+    for name, said in IN_CLEAR.items():
+        print(f"{name:16} {said}")
     return 0
+
+
+def _ledger(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from edge_sdk.agent import EdgeDevice
+
+    since_s = since(arguments.since, time.time())
+    with EdgeDevice(_config(arguments)) as device:
+        verified = device.ledger.verify() if arguments.verify else None
+        entries = device.ledger.entries(since_s=since_s)
+        past, head = device.ledger.past(), device.ledger.head
+    if arguments.json:
+        lines = [asdict(entry) for entry in entries]
+        print(json.dumps({"sent": lines, "past": past, "head": head, "verified": verified}))
+        return 0
+    if verified is not None:
+        print(f"{verified} lines fit their hashes")
+    for kind, sums in past.get("kinds", {}).items():
+        print(f"earlier: {sums['messages']} {kind}, {sums['wire_bytes']} bytes on the wire")
+    heads = ("coordinator's time", "own clock", "message")
+    print(f"{heads[0]:17} {heads[1]:17} {heads[2]:14} {'bytes':>9} {'wire':>9}  state")
+    for entry in entries:
+        wire = f"{entry.wire_bytes:9}" if entry.whole else f">{entry.wire_bytes:8}"
+        print(
+            f"{_moment(entry.trusted_s)} {_moment(entry.local_s)} {entry.kind:14} "
+            f"{entry.plain_bytes:9} {wire}  {entry.state} {entry.note}\n"
+            f"    task {entry.task}, to {entry.to} under {entry.key}: "
+            + ", ".join(f"{name} {size}" for name, size in entry.fields.items())
+        )
+    print(f"head {head}")
+    return 0
+
+
+def _moment(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M ", time.gmtime(seconds)) if seconds else f"{'-':17}"
+
+
+def since(text: str, now_s: float) -> float:
+    """Return the time in seconds since 1970 that `--since TEXT` means; 0 for nothing given.
+
+    Raises:
+        ConfigError: neither a span such as 24h or 7d nor a date or time in ISO 8601 (UTC).
+    """
+    if not text:
+        return 0.0
+    units = {"m": 60, "h": 3600, "d": 86_400}
+    if text[:-1].isdigit() and text[-1] in units:
+        return now_s - int(text[:-1]) * units[text[-1]]
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as exc:
+        raise ConfigError(f"--since {text!r} is no span (30m, 24h, 7d) and no date") from exc
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
