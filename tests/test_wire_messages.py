@@ -27,6 +27,8 @@ SAMPLES = [
     messages.ModelReport("t", "r-1", 0.75, 20, 33.0, 100.0, {}),
     messages.Refused("t", "no examples"),
     messages.Enrol("t-1", bytes(16), "kitchen-1", bytes(32), bytes(32), ("chat",), 512),
+    messages.RenewKeys("renew-1", b"statement", bytes(64), bytes(64)),
+    messages.Renewed("renew-1", b"certificate"),
     messages.Enrolled("kitchen-1", b"{}", TASK),
 ]
 

@@ -30,6 +30,8 @@ LONGEST_CODE_S = 24 * 3600
 MAX_BUNDLE_BYTES = 4096
 _CHECK_BYTES = 4
 _BUNDLE = "symbiont/v1/keys"
+_STATEMENT = "symbiont/v1/new-keys"
+_COUNTERSIGNED = "symbiont/v1/new-keys/by-new"
 
 Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
 
@@ -213,3 +215,52 @@ def sign_bundle(
     )
     body = msgspec.msgpack.encode(bundle)
     return msgspec.msgpack.encode(_SignedBundle(body, root.sign(_BUNDLE, body)))
+
+
+class KeyStatement(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """What a device says when it changes keys: by which it was known, and by which from now on."""
+
+    tenant: Name
+    device: Name
+    before: Key
+    keys: Annotated[bytes, Meta(max_length=2048)]
+
+    @property
+    def identity(self) -> PublicIdentity:
+        """Return the next public keys.
+
+        Raises:
+            RemoteProtocolError: keys nobody can use.
+        """
+        return PublicIdentity.from_bytes(self.keys)
+
+
+def state_keys(
+    tenant: str, device: str, present: Identity, coming: Identity
+) -> tuple[bytes, bytes, bytes]:
+    """Return a statement and its signatures by the present and by the coming signing key."""
+    statement = KeyStatement(tenant, device, present.public.sign, coming.public.to_bytes())
+    body = msgspec.msgpack.encode(statement)
+    return body, present.sign(_STATEMENT, body), coming.sign(_COUNTERSIGNED, body)
+
+
+def read_statement(
+    body: bytes, signature: bytes, countersignature: bytes, *, tenant: str, known: PublicIdentity
+) -> KeyStatement:
+    """Return the statement in `body` if the device known as `known` may be believed to make it.
+
+    Raises:
+        RemoteProtocolError: not a statement, of another tenant or key, or either signature fails.
+    """
+    try:
+        statement = msgspec.msgpack.decode(body, type=KeyStatement)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError("not a statement of keys") from exc
+    if statement.tenant != tenant or not hmac.compare_digest(statement.before, known.sign):
+        raise RemoteProtocolError("a statement of another tenant, or about another key")
+    try:
+        known.verify(_STATEMENT, body, signature)
+        statement.identity.verify(_COUNTERSIGNED, body, countersignature)
+    except SealError as exc:
+        raise RemoteProtocolError("a statement of keys that is not signed by both keys") from exc
+    return statement

@@ -20,6 +20,10 @@ Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][
 Text = Annotated[str, Meta(max_length=65_536)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
+Csr = Annotated[bytes, Meta(max_length=4096)]
+"""A PKCS#10 request (DER) for a certificate that the broker believes; empty for none."""
+Certificate = Annotated[bytes, Meta(max_length=16_384)]
+"""A certificate and its authority (PEM); empty for none."""
 
 
 class TextTask(Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,6 +180,7 @@ class Enrol(Message, frozen=True):
     receive_key: bytes
     families: tuple[str, ...]
     memory_mb: Count
+    csr: Csr = b""
 
 
 class Enrolled(Message, frozen=True):
@@ -184,6 +189,29 @@ class Enrolled(Message, frozen=True):
     device: Name
     tuf_root: bytes
     task: TextTask
+    certificate: Certificate = b""
+
+
+class RenewKeys(Message, frozen=True):
+    """New public keys of an enrolled device; reply Renewed.
+
+    `statement` is a KeyStatement (see enrolment.py), `signature` that of the identity key known
+    so far and `countersignature` that of the next one, which is often the same. `csr` asks for a
+    new certificate for the broker.
+    """
+
+    task_id: Name
+    statement: Annotated[bytes, Meta(max_length=4096)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    countersignature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    csr: Csr = b""
+
+
+class Renewed(Message, frozen=True):
+    """The coordinator knows the device by its new keys from now on."""
+
+    task_id: Name
+    certificate: Certificate = b""
 
 
 AnyMessage = (
@@ -199,6 +227,8 @@ AnyMessage = (
     | Refused
     | Enrol
     | Enrolled
+    | RenewKeys
+    | Renewed
 )
 
 _encoder = msgspec.msgpack.Encoder()

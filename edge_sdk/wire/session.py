@@ -35,6 +35,7 @@ class State(StrEnum):
 
     OPEN = "open"
     ENROLLING = "enrolling"
+    RENEWING = "renewing"
     TRAINING = "training"
     SCORING = "scoring"
     OFFERING = "offering"
@@ -46,7 +47,7 @@ Moves = dict[State, dict[Role, dict[type[messages.Message], State]]]
 
 LEGAL: Moves = {
     State.OPEN: {
-        Role.DEVICE: {messages.Enrol: State.ENROLLING},
+        Role.DEVICE: {messages.Enrol: State.ENROLLING, messages.RenewKeys: State.RENEWING},
         Role.COORDINATOR: {
             messages.TrainAdapter: State.TRAINING,
             messages.Score: State.SCORING,
@@ -55,6 +56,7 @@ LEGAL: Moves = {
         },
     },
     State.ENROLLING: {Role.COORDINATOR: {messages.Enrolled: State.CLOSED}},
+    State.RENEWING: {Role.COORDINATOR: {messages.Renewed: State.CLOSED}},
     State.TRAINING: {
         Role.DEVICE: {messages.AdapterUpdate: State.CLOSED, messages.Refused: State.CLOSED}
     },
