@@ -1,7 +1,7 @@
 """Adds up what devices learned: mean of the products B·A, factored again at the same rank.
 
 Knows LoRA factors as arrays and the weights of contributions. Does not know models, codecs,
-messages or rounds.
+messages or rounds; how much one contribution may count is decided in `robust.py`.
 
 Averaging A and B apart is wrong by (1/K) sum_k (B_k - mean B)(A_k - mean A) (PAPERS.md 9.4), so
 the products are averaged. The new factors span the best rank-r approximation of the mean, written
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.robust import Rule, fair_counts, geometric_median, kept_shares
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 
 F32 = npt.NDArray[np.float32]
@@ -27,15 +28,13 @@ Factors = Mapping[str, F32]
 
 A_SUFFIX, B_SUFFIX = ".lora_A", ".lora_B"
 
-CLIP_TO_MEDIAN = 3.0
-"""A contribution's change counts at most this many times the median change."""
-
 STALENESS_POWER = 0.5
 """a of s(tau) = (1+tau)^-a; FedAsync (arXiv 1903.03934) uses 0.5."""
 
 FLATTEST = 0.05
 """A's singular values count at least as this share of its largest, so that B' stays bounded."""
 
+_RULE = Rule()
 _RANK_TOLERANCE = 1e-6  # relative to the largest singular value; factors arrive in 32 bits
 
 
@@ -59,8 +58,9 @@ class Aggregate:
 
     Attributes:
         factors: float32, same layout as before.
-        weights: by device, summing to 1.
+        weights: by device, summing to 1; 0 for those left out.
         clipped: by device, the share of its change that was kept (only those below 1).
+        outliers: device -> why its change was left out altogether.
         discarded: share of the mean product's energy that rank r could not hold.
     """
 
@@ -68,6 +68,7 @@ class Aggregate:
     weights: dict[str, float]
     clipped: dict[str, float]
     discarded: float
+    outliers: dict[str, str]
 
 
 def staleness_weight(staleness: int, power: float = STALENESS_POWER) -> float:
@@ -80,12 +81,13 @@ def aggregate(
     contributions: Sequence[Contribution],
     *,
     power: float = STALENESS_POWER,
-    clip: float = CLIP_TO_MEDIAN,
+    rule: Rule = _RULE,
 ) -> Aggregate:
     """P + sum_k w_k c_k (B_k A_k - base product of k), factored again at the present rank.
 
-    w_k is proportional to examples_k s(staleness_k); c_k <= 1 clips to `clip` times the median norm
-    of change. With fresh contributions and nothing clipped this is the weighted mean of products.
+    For the mean, w_k is proportional to examples_k s(staleness_k); c_k <= 1 shortens a change to
+    the rule's bound. With fresh contributions and nothing clipped this is the weighted mean of
+    products. For the geometric median of the shortened changes, those w_k are its weights.
 
     Raises:
         RemoteProtocolError: a contribution has wrong names or shapes, or a value that is not
@@ -97,10 +99,17 @@ def aggregate(
     ordered = sorted(contributions, key=lambda c: (c.device, c.staleness))
     for one in ordered:
         check_factors(one.device, one.factors, current)
-    raw = np.array([max(1, c.examples) * staleness_weight(c.staleness, power) for c in ordered])
-    weights = raw / raw.sum()
+    counts = fair_counts(np.array([float(c.examples) for c in ordered]), rule.examples)
+    raw = counts * np.array([staleness_weight(c.staleness, power) for c in ordered])
     norms = np.array([change_norm(c.factors, c.base or current) for c in ordered])
-    kept = _clip_shares(norms, clip)
+    kept = kept_shares(norms, rule)
+    raw = np.where(kept > 0.0, raw, 0.0)
+    if rule.aggregation == "geometric-median":
+        inside = np.flatnonzero(raw)
+        gram = change_gram([ordered[i] for i in inside], current)
+        gram *= np.outer(kept[inside], kept[inside])
+        raw[inside] = geometric_median(gram, raw[inside])
+    weights = raw / raw.sum()
     factors: dict[str, F32] = {}
     lost = total = 0.0
     for slot in slots(current):
@@ -115,6 +124,11 @@ def aggregate(
         weights=_by_device(ordered, weights),
         clipped={c.device: float(k) for c, k in zip(ordered, kept, strict=True) if k < 1.0},
         discarded=lost / total if total > 0 else 0.0,
+        outliers={
+            c.device: f"a change of {norm:.3g}, over {rule.refuse:g} times the round's median"
+            for c, norm, share in zip(ordered, norms, kept, strict=True)
+            if share == 0.0
+        },
     )
 
 
@@ -159,6 +173,23 @@ def change_norm(new: Factors, old: Factors) -> float:
     return float(np.sqrt(square))
 
 
+def change_gram(contributions: Sequence[Contribution], current: Factors) -> F64:
+    """Inner products of the changes of all layers' B·A, (n, n), from the thin factors."""
+    gram = np.zeros((len(contributions), len(contributions)))
+    for slot in slots(current):
+        lefts, rights = [], []
+        for one in contributions:
+            base = one.base or current
+            new_B, old_B = one.factors[slot + B_SUFFIX], base[slot + B_SUFFIX]
+            new_A, old_A = one.factors[slot + A_SUFFIX], base[slot + A_SUFFIX]
+            lefts.append(np.concatenate([new_B, -old_B], axis=1).astype(np.float64))
+            rights.append(np.concatenate([new_A, old_A], axis=0).astype(np.float64))
+        for i in range(len(contributions)):
+            for k in range(i + 1):
+                gram[i, k] += np.sum((lefts[i].T @ lefts[k]) * (rights[i] @ rights[k].T))
+    return np.asarray(np.tril(gram) + np.tril(gram, -1).T)
+
+
 def refactor(left: F64, right: F64, A: F64) -> tuple[F64, F64, float, float]:
     """Factor P = left @ right, (out, in), at the rank r of A (r, in), in the gauge of A.
 
@@ -187,14 +218,6 @@ def refactor(left: F64, right: F64, A: F64) -> tuple[F64, F64, float, float]:
     A_new = (X * sizes) @ Yt @ V.T
     B_new = (U_S @ Yt.T / sizes) @ X.T
     return B_new, A_new, float(np.sum(S[r:] ** 2)), energy
-
-
-def _clip_shares(norms: F64, clip: float) -> F64:
-    moving = norms[norms > 0]
-    if moving.size == 0:
-        return np.ones_like(norms)
-    bound = clip * float(np.median(moving))
-    return np.minimum(1.0, bound / np.maximum(norms, np.finfo(np.float64).tiny))
 
 
 def _stack(

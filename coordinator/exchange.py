@@ -16,8 +16,15 @@ import msgspec
 from compression.blocks import Layout as BlockLayout
 from compression.codec import Compressor
 from compression.errors import CodecError
-from coordinator.aggregate import Aggregate, Contribution, aggregate, check_factors
+from coordinator.aggregate import (
+    Aggregate,
+    Contribution,
+    aggregate,
+    change_norm,
+    check_factors,
+)
 from coordinator.programs import LATE_STEPS, Check, Reply, TaskFor
+from coordinator.robust import Rule
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.train.lora import (
     Factors,
@@ -69,8 +76,11 @@ class AdapterExchange:
         replicas: device id -> start + decoded update, the newest of each device.
     """
 
-    def __init__(self, family: str, layout: Layout, spec: LoraSpec, *, seed: int) -> None:
+    def __init__(
+        self, family: str, layout: Layout, spec: LoraSpec, *, seed: int, rule: Rule | None = None
+    ) -> None:
         self.family, self.layout, self.spec, self.seed = family, layout, spec, seed
+        self.rule = rule or Rule()
         self.factors: Factors = start_factors(layout, seed)
         self.replicas: dict[str, Factors] = {}
         blocks = BlockLayout(tuple(layout), tuple(layout.values()))
@@ -135,14 +145,23 @@ class AdapterExchange:
         return task
 
     def check(self) -> Check:
-        """Looks at one update: known codec and round, right shapes, finite values.
+        """Looks at one update, cheap before dear: round and codec, length, codes, shapes as the
+        task's, finite, what float16 carries, and the absolute bound on its size.
 
         The check raises RemoteProtocolError or CodecError.
         """
 
         def check(device: str, message: AnyMessage) -> None:
-            if isinstance(message, AdapterUpdate):
-                self.decode(device, message)
+            if not isinstance(message, AdapterUpdate):
+                return
+            change = self.decode(device, message)
+            base = self._globals[message.round]
+            size = change_norm(wire_exact(add(base, change)), base)
+            if not size <= self.rule.max_norm:
+                raise RemoteProtocolError(
+                    f"device {device} sent a change of {size:.3g}, over the bound of "
+                    f"{self.rule.max_norm:g}; its update is left out"
+                )
 
         return check
 
@@ -169,38 +188,51 @@ class AdapterExchange:
         """Take in a round's updates: new global factors, replicas, and the decoded changes.
 
         Replies are used in order of device id and round, so their order of arrival does not count.
+        Outliers leave no trace: neither in the factors, nor as replicas, nor in the changes.
 
         Raises:
             RemoteProtocolError: see `decode`.
         """
         contributions: list[Contribution] = []
-        changes: list[Factors] = []
+        changes: list[tuple[str, Factors]] = []
         updates = [(r.device, r.message, r.staleness) for r in replies]
         for device, message, staleness in sorted(updates, key=_device_and_round):
             assert isinstance(message, AdapterUpdate), "the runner delivers the reply of the task"
             change = self.decode(device, message)
             base = self._globals[message.round]
             factors = add(base, change)
-            changes.append(change)
-            self.replicas[device] = wire_exact(factors)
+            changes.append((device, change))
             self._holders.setdefault(message.codec_id, set()).add(device)
             fresh = base is self.factors
             contributions.append(
                 Contribution(device, factors, message.examples, staleness, None if fresh else base)
             )
-        result = aggregate(self.factors, contributions)
+        result = aggregate(self.factors, contributions, rule=self.rule)
         self.set_global(result.factors)
+        for one in contributions:
+            if one.device not in result.outliers:
+                self.replicas[one.device] = wire_exact(one.factors)
         logger.info(
-            "aggregated %d updates: %.1f %% of energy beyond the rank, %d clipped",
+            "aggregated %d updates: %.1f %% of energy beyond the rank, %d clipped, %d left out",
             len(contributions),
             100 * result.discarded,
             len(result.clipped),
+            len(result.outliers),
         )
-        return result, changes
+        return result, [change for device, change in changes if device not in result.outliers]
 
     def set_global(self, factors: Factors) -> None:
         """Replace the global factors by what float16 makes of `factors`."""
         self.factors = wire_exact(factors)
+
+    def roll_back(self, data: bytes) -> None:
+        """Take up what `state` returned before the last round; late updates to it still count.
+
+        What that round sent out stays known: who holds which codec, and where updates started.
+        """
+        codecs, holders, opened = self._codecs, self._holders, self._globals
+        self.restore(data)
+        self._codecs, self._holders, self._globals = codecs | self._codecs, holders, opened
 
     def state(self) -> bytes:
         """Everything above as bytes."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from coordinator.aggregate import Contribution, aggregate, change_norm, refactor, staleness_weight
+from coordinator.robust import Rule
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
 
 SLOT = "model.layers.0.self_attn.q_proj"
@@ -167,7 +168,7 @@ def test_a_late_update_counts_as_its_own_change_with_less_weight():
     fresh = Contribution("a", factors(3, A=A, dtype=np.float32), 10)
     late = Contribution("b", old, 10, staleness=3, base=old)  # came back without any change
 
-    result = aggregate(now, [fresh, late], clip=1e9)
+    result = aggregate(now, [fresh, late], rule=Rule(clip=1e9))
 
     w = 1.0 / (1.0 + staleness_weight(3))
     wanted = w * product(fresh.factors) + (1 - w) * product(now)
