@@ -20,15 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import quote
-
-import msgspec
-from msgspec import Struct
 
 from edge_sdk.collect import Example, ExampleStore, read_examples
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import (
-    ConfigError,
     EnrolmentError,
     FleetError,
     LinkError,
@@ -37,19 +32,17 @@ from edge_sdk.errors import (
 )
 from edge_sdk.leaving import Leaving, explain_all
 from edge_sdk.link.base import Link
-from edge_sdk.link.courier import Courier, part
-from edge_sdk.link.keys import CoordinatorKeys
+from edge_sdk.link.courier import Courier
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.measure import peak_mb
+from edge_sdk.membership import Member, Membership
 from edge_sdk.memory import DeviceMemory
 from edge_sdk.models import ModelStore, child_probe
-from edge_sdk.store.keys import load_or_create
 from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Letter, Mailbox
-from edge_sdk.store.settings import read_secret
 from edge_sdk.tasks import Event, Handled, TaskDesk
 from edge_sdk.wire.enrolment import EnrolmentCode
-from edge_sdk.wire.messages import Enrol, Enrolled, TextTask, decode, encode
+from edge_sdk.wire.messages import Enrolled, Renewed, decode, encode
 
 if TYPE_CHECKING:
     from edge_sdk.runtime import SlmSession
@@ -58,22 +51,8 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 """Pause after this machine's disk refused; an operator frees space in minutes, not milliseconds."""
-_MEMBER, _REQUEST, _KEYS = "membership", "request", "keys"
-
-
-class Membership(Struct, frozen=True, forbid_unknown_fields=True):
-    """To whom this device belongs, as its enrolment code said."""
-
-    tenant: str
-    device: str
-    root_key_hash: bytes
-    tuf_root: bytes = b""
-    task: TextTask | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether the coordinator has answered."""
-        return self.task is not None
+UPKEEP_S = 60.0
+"""How often keys are looked at; they last days."""
 
 
 class EdgeDevice:
@@ -96,8 +75,8 @@ class EdgeDevice:
         """Open the device's state; nothing is sent or loaded yet.
 
         `link` replaces the MQTT link of the settings, e.g. by `edge_sdk.link.memory.MemoryLink`.
-        `on_event` is called with a plain dict at each step worth showing. `now` is in seconds
-        since 1970.
+        `on_event` is called with a plain dict at each step worth showing. `now` is this machine's
+        clock in seconds since 1970; it is shown and written down, and nothing is judged by it.
         """
         self.config, self._now = config, now
         self._tell: Event = on_event or (lambda event: None)
@@ -111,6 +90,7 @@ class EdgeDevice:
         )
         self._memory = DeviceMemory(self._mailbox)
         self.ledger = Ledger(self._mailbox, now)
+        self._member = Member(config, self._mailbox, self._memory, self._state)
         data = config.data
         self._examples = ExampleStore(
             self._state / "examples.db", held_out=data.held_out, limit=data.max_examples
@@ -124,6 +104,7 @@ class EdgeDevice:
         self._courier: Courier | None = None
         self._desk: TaskDesk | None = None
         self._claimed: IO[str] | None = None
+        self._upkeep_due = 0.0
         self._closing = threading.Event()
         self._background: threading.Thread | None = None
         self._opening = threading.Lock()
@@ -176,8 +157,7 @@ class EdgeDevice:
     @property
     def membership(self) -> Membership | None:
         """To whom this device belongs; None before `enrol`."""
-        saved = self._memory.recall(_MEMBER)
-        return msgspec.msgpack.decode(saved, type=Membership) if saved else None
+        return self._member.membership
 
     def enrol(self, code: str, *, timeout_s: float = 60.0) -> None:
         """Join the tenant that issued the one-time `code`; returns once the coordinator agreed.
@@ -194,55 +174,41 @@ class EdgeDevice:
                 f"to enrol anew use another device.state_dir"
             )
         ticket = EnrolmentCode.from_text(code)
-        ticket.check_fresh(self._now())
-        self._keep(Membership(ticket.tenant, ticket.device, ticket.root_key_hash))
+        self._member.begin(ticket)
         try:
             self._join(ticket, timeout_s)
         except EnrolmentError:
             self._drop_courier()
-            for name in (_MEMBER, _REQUEST, _KEYS):
-                self._memory.remember(name, b"")
+            self._member.forget()
             raise
         self._tell({"event": "enrolled", "device": ticket.device, "tenant": ticket.tenant})
 
     def _join(self, ticket: EnrolmentCode, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         courier = self._started()
-        self._keys.wait(timeout_s)
-        courier.wait_until_done(self._request(ticket, courier), timeout_s)
-        while not (self.membership or _NOBODY).complete:
+        self._member.keys.wait(timeout_s)
+        courier.wait_until_done(self._member.request(ticket, courier), timeout_s)
+        while not self._member.complete:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise LinkError("the coordinator has not answered the enrolment; try again")
+                raise LinkError(
+                    "the coordinator has the enrolment and has not answered it yet; if devices "
+                    f"are approved there by hand, have {ticket.device} approved, then try again"
+                )
             courier.wait_for_mail(min(left, 1.0))
             self._work_through()
 
-    def _request(self, ticket: EnrolmentCode, courier: Courier) -> bytes:
-        """The stream of the request for `ticket`: the one of an earlier attempt, else a new one."""
-        public = self._identity.public
-        # A device of its own task each: the coordinator, not the mailbox, judges a reused code.
-        task = part(ticket.token_id, public.sign.hex())
-        saved = self._memory.recall(_REQUEST)
-        if saved:
-            earlier, stream = msgspec.msgpack.decode(saved, type=tuple[str, bytes])
-            if earlier == task:
-                return stream
-        request = Enrol(
-            token_id=ticket.token_id,
-            secret=ticket.secret,
-            device=ticket.device,
-            identity_key=public.sign,
-            receive_key=public.receive,
-            families=self.config.device.families,
-            memory_mb=self.config.train.memory_mb,
-        )
-        with self._mailbox.transaction():
-            stream = courier.send(COORDINATOR, request, task=task)
-            self._memory.remember(_REQUEST, msgspec.msgpack.encode((task, stream)))
-        return stream
+    def renew_keys(self, *, identity: bool = False) -> None:
+        """Change this device's receive keys now, with `identity` its identity key as well.
 
-    def _keep(self, membership: Membership) -> None:
-        self._memory.remember(_MEMBER, msgspec.msgpack.encode(membership))
+        Receive keys change by themselves every week; the identity key only here.
+
+        Raises:
+            EnrolmentError: the device is not enrolled.
+            StorageError: the disk refuses, or another process runs this device.
+        """
+        self._member.require()
+        self._member.renew(self._started(), identity=identity)
 
     # --- examples and answers -----------------------------------------------------------------
 
@@ -310,6 +276,9 @@ class EdgeDevice:
         courier = self._started()
         if timeout_s > 0:
             courier.wait_for_mail(timeout_s)
+        if time.monotonic() >= self._upkeep_due:
+            self._upkeep_due = time.monotonic() + UPKEEP_S
+            self._member.upkeep(courier)
         return self._work_through()
 
     def run(self) -> None:
@@ -321,7 +290,7 @@ class EdgeDevice:
             EnrolmentError: the device is not enrolled.
             StorageError: another process runs this device.
         """
-        self._require_member()
+        self._member.require()
         self._started()
         while not self._closing.is_set():
             try:
@@ -338,18 +307,12 @@ class EdgeDevice:
             EnrolmentError: the device is not enrolled.
             StorageError: another process runs this device.
         """
-        self._require_member()
+        self._member.require()
         self._started()
         if self._background is None:
             self._background = threading.Thread(target=self.run, name="edge-device", daemon=True)
             self._background.start()
         return self._background
-
-    def _require_member(self) -> Membership:
-        found = self.membership
-        if found is None or not found.complete:
-            raise EnrolmentError("this device is not enrolled; call enrol(code) first")
-        return found
 
     def _work_through(self) -> int:
         done = 0
@@ -367,22 +330,24 @@ class EdgeDevice:
             logger.warning("a letter of kind %s was not understood: %s", letter.kind[:20], exc)
             self._mailbox.mark_read(letter.id)
             return
-        if isinstance(message, Enrolled):
-            self._take_membership(letter, message)
-            return
         # The coordinator's signed time: this device's clock may be years off (PROTOCOL.md 1.3).
-        now = datetime.fromtimestamp(letter.header.created_s, UTC)
+        self._member.time.heard(letter.header.created_s)
+        if isinstance(message, Enrolled | Renewed):
+            self._take(letter, message)
+            return
+        now = datetime.fromtimestamp(self._member.time(), UTC)
         handled = self._desked().handle(message, now=now)
         self._settle(letter, handled)
 
-    def _take_membership(self, letter: Letter, answer: Enrolled) -> None:
-        known = self.membership
+    def _take(self, letter: Letter, answer: Enrolled | Renewed) -> None:
         with self._mailbox.transaction():
-            if known is not None and answer.device == known.device and not known.complete:
-                self._keep(
-                    msgspec.structs.replace(known, tuf_root=answer.tuf_root, task=answer.task)
-                )
+            if isinstance(answer, Enrolled):
+                self._member.take(answer)
+            elif self._member.renewed(answer):
+                self._tell({"event": "renewed"})
             self._mailbox.mark_read(letter.id)
+        if self._courier is not None:
+            self._courier.nudge()
 
     def _settle(self, letter: Letter, handled: Handled) -> None:
         """Replies, what they changed, and the letter's end: all or none."""
@@ -408,7 +373,7 @@ class EdgeDevice:
         (`edge_sdk.leaving.IN_CLEAR`).
         """
         member = self.membership
-        coordinator = self._known_keys(member).lookup(COORDINATOR) if member else None
+        coordinator = self._member.known_keys(member).lookup(COORDINATOR) if member else None
         key = coordinator.receive_id.hex() if coordinator else ""
         with self._mailbox.transaction() as rows:
             streams = rows.execute("SELECT stream FROM outbox ORDER BY rowid").fetchall()
@@ -448,12 +413,12 @@ class EdgeDevice:
         probe = child_probe(
             timeout_s=runtime.probe_s, memory_mb=runtime.probe_mb, threads=runtime.threads
         )
-        root = self._require_member().tuf_root
+        root = self._member.require().tuf_root
         return ModelStore(self._state / "models", root=root, probe=probe)
 
     def _desked(self) -> TaskDesk:
         if self._desk is None:
-            task = self._require_member().task
+            task = self._member.require().task
             assert task is not None
             self._desk = TaskDesk(
                 self.config,
@@ -469,22 +434,22 @@ class EdgeDevice:
         """The courier, at work; claims the state folder for this process first."""
         if self._courier is not None:
             return self._courier
-        member = self.membership
-        assert member is not None
+        found = self.membership
+        assert found is not None
         self._claim()
-        self._identity = load_or_create(self._state / "identity.key")
-        self._keys = self._known_keys(member)
-        self._link = self._link or self._mqtt(member)
+        self._member.open()
+        self._link = self._link or self._dial(found)
         self._courier = Courier(
             self._link,
             self._mailbox,
-            self._identity,
-            tenant=member.tenant,
-            me=member.device,
-            lookup=self._keys.lookup,
-            now=self._now,
+            self._member.ring,
+            tenant=found.tenant,
+            me=found.device,
+            lookup=self._member.keys.announced,
+            now=self._member.time,
             rng=random.Random(),
-            keys=self._keys.receive,
+            accept=lambda header, _: self._member.time.heard(header.created_s),
+            keys=self._member.keys.receive,
             window_bytes=self.config.link.window_kb * 1024,
             ledger=self.ledger,
         )
@@ -511,31 +476,15 @@ class EdgeDevice:
         file.flush()
         self._claimed = file
 
-    def _mqtt(self, member: Membership) -> Link:
-        from edge_sdk.link.mqtt import MqttLink
+    def _dial(self, found: Membership) -> Link:
+        from edge_sdk.link.dial import dial
 
         link = self.config.link
-        scheme, _, place = link.broker.partition("://")
-        user = quote(link.username or member.device, safe="")
-        password = quote(read_secret(link.password_file), safe="")
-        login = f"{user}:{password}@" if password else f"{user}@"
-        if link.ca_file and scheme != "mqtts":
-            raise ConfigError("link.ca_file is set but link.broker is not mqtts://")
-        return MqttLink(
-            f"{scheme}://{login}{place}",
-            client_id=member.device,
-            ca=link.ca_file or None,
+        return dial(
+            link.broker,
+            user=link.username or found.device,
+            client_id=found.device,
+            password_file=link.password_file,
+            ca_file=link.ca_file,
             mqtt_version=link.mqtt_version,
         )
-
-    def _known_keys(self, member: Membership) -> CoordinatorKeys:
-        return CoordinatorKeys(
-            member.tenant,
-            member.root_key_hash,
-            now=self._now,
-            bundle=self._memory.recall(_KEYS),
-            keep=lambda data: self._memory.remember(_KEYS, data),
-        )
-
-
-_NOBODY = Membership("", "", b"")

@@ -168,12 +168,20 @@ class Coordinator:
             admit=self._admit,
         )
         self.courier.start()
-        expires = int(time.time()) + 3600
-        self.courier.announce_keys(
-            sign_bundle(
-                self.root, self.identity.public, tenant=TENANT, version=1, expires_s=expires
-            )
+        self.announce()
+
+    def announce(self, version: int = 1) -> None:
+        """Retain the key bundle."""
+        issued = int(time.time())
+        bundle = sign_bundle(
+            self.root,
+            self.identity.public,
+            tenant=TENANT,
+            version=version,
+            expires_s=issued + 3600,
+            issued_s=issued,
         )
+        self.courier.announce_keys(bundle)
 
     def code(self, device: str, *, secret: bytes = b"s" * 16, lifetime_s: int = 600) -> str:
         """A one-time code for `device`."""

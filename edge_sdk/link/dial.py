@@ -15,13 +15,14 @@ def dial(
     broker: str,
     *,
     user: str,
+    client_id: str = "",
     password_file: str = "",
     ca_file: str = "",
     cert_file: str = "",
     key_file: str = "",
     mqtt_version: Literal["5", "3.1.1"] = "5",
 ) -> MqttLink:
-    """Return a link to `broker` (mqtt[s]://host:port) as `user`, which is also the client id.
+    """Return a link to `broker` (mqtt[s]://host:port) as `user`, also the client id unless given.
 
     The broker takes the user for proven by the password or, over mqtts, by the certificate, whose
     common name must be `user`. A certificate and its key come together.
@@ -41,7 +42,7 @@ def dial(
     login = quote(user, safe="") + (f":{password}" if password else "")
     return MqttLink(
         f"{scheme}://{login}@{place}",
-        client_id=user,
+        client_id=client_id or user,
         ca=ca_file or None,
         cert=cert_file or None,
         key=key_file or None,

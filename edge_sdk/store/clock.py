@@ -13,10 +13,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from edge_sdk.errors import LocalProtocolError
+from edge_sdk.errors import RemoteProtocolError
 
 KEEP_EVERY_S = 600.0
 """How much time a restart may forget; the next signed message brings it back."""
+LAST_S = 253_402_300_799.0
+"""The end of the year 9999, the last that dates can hold."""
 
 
 def since_start() -> float:
@@ -59,9 +61,13 @@ class SignedTime:
         return self._signed_s > 0
 
     def heard(self, signed_s: float) -> None:
-        """Count a time whose signature was verified; an older one than ours changes nothing."""
-        if signed_s < 0:
-            raise LocalProtocolError(f"{signed_s} is not a time; give seconds since 1970")
+        """Count a time whose signature was verified; an older one than ours changes nothing.
+
+        Raises:
+            RemoteProtocolError: no time that a calendar has.
+        """
+        if not 0 <= signed_s <= LAST_S:
+            raise RemoteProtocolError(f"{signed_s} is not a time; its sender's clock is broken")
         with self._lock:
             if signed_s > self._now():
                 self._signed_s, self._heard_at = float(signed_s), self._clock()
