@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from edge_sdk.errors import ConfigError, StorageError
-from edge_sdk.store.keys import load_or_create
+from edge_sdk.store.keys import load_or_create, read_private, save, write_private
+from edge_sdk.wire.seal import Identity
 
 
 def test_the_same_keys_come_back_from_a_file_nobody_else_can_read(tmp_path):
@@ -51,3 +52,47 @@ def test_a_damaged_file_is_reported_and_kept(tmp_path, content):
 def test_a_missing_folder_is_reported(tmp_path):
     with pytest.raises(StorageError, match="key file"):
         load_or_create(tmp_path / "absent" / "identity.key")
+
+
+def test_a_hybrid_key_is_added_once_and_kept(tmp_path):
+    path = tmp_path / "identity.key"
+    plain = load_or_create(path)
+
+    first = load_or_create(path, hybrid=True)
+
+    assert first.public.hybrid
+    assert (first.public.sign, first.public.receive) == (plain.public.sign, plain.public.receive)
+    assert load_or_create(path, hybrid=True).to_bytes() == first.to_bytes()
+    assert load_or_create(path).to_bytes() == first.to_bytes()
+    assert load_or_create(tmp_path / "new.key", hybrid=True).public.hybrid
+
+
+def test_saved_keys_replace_the_old_ones_in_one_step(tmp_path):
+    path, other = tmp_path / "identity.key", Identity.generate()
+    load_or_create(path)
+
+    save(path, other)
+
+    assert load_or_create(path).to_bytes() == other.to_bytes()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in tmp_path.iterdir()] == ["identity.key"]
+
+
+def test_a_secret_file_is_read_as_far_as_asked_and_only_when_private(tmp_path):
+    path = tmp_path / "password"
+    write_private(path, b"0123456789")
+
+    assert read_private(path, 4) == b"0123"
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="0640"):
+        read_private(path, 4)
+
+
+def test_a_secret_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "password"
+    path.mkdir()
+
+    with pytest.raises(StorageError, match="cannot write"):
+        write_private(path, b"new")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["password"]

@@ -1,23 +1,26 @@
 """The envelope: what was sealed opens, and nothing else does."""
 
-import contextlib
 import random
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from edge_sdk.errors import FleetError, LocalProtocolError, RemoteProtocolError, SealError
+from edge_sdk.errors import LocalProtocolError, SealError
 from edge_sdk.wire import seal as seal_module
 from edge_sdk.wire.seal import (
     CHUNK_BYTES,
     SIGNATURE_BYTES,
+    SUITE_HYBRID,
+    SUITE_X25519,
     WRAP_BYTES,
     Header,
     Identity,
-    PublicIdentity,
+    Opener,
     Sealed,
+    Sealer,
+    chunk_hash,
+    new_stream,
+    open_chunks,
     peek_header,
     read_manifest,
     reseal,
@@ -26,9 +29,20 @@ from edge_sdk.wire.seal import (
 )
 
 SENDER = Identity.from_bytes(bytes(range(64)))
-RECIPIENT = Identity.from_bytes(bytes(range(64, 128)))
+RECIPIENTS = {
+    SUITE_X25519: Identity.from_bytes(bytes(range(64, 128))),
+    SUITE_HYBRID: Identity.from_bytes(bytes(range(64, 224))),
+}
+RECIPIENT = RECIPIENTS[SUITE_X25519]
 INSIDER = Identity.from_bytes(bytes(range(128, 192)))
 STREAM = bytes(range(16))
+
+
+@pytest.fixture(autouse=True, params=RECIPIENTS, ids=["x25519", "hybrid"])
+def suite(request, monkeypatch):
+    """Every test here runs in both suites."""
+    monkeypatch.setitem(globals(), "RECIPIENT", RECIPIENTS[request.param])
+    return request.param
 
 
 def sealed(plaintext: bytes, **changed) -> Sealed:
@@ -48,7 +62,7 @@ def sealed(plaintext: bytes, **changed) -> Sealed:
     return seal(plaintext, **(fields | changed))
 
 
-def opened(manifest: bytes, chunks, *, recipient: Identity = RECIPIENT) -> bytes:
+def opened(manifest: bytes, chunks) -> bytes:
     checked = read_manifest(
         manifest,
         SENDER.public,
@@ -56,7 +70,7 @@ def opened(manifest: bytes, chunks, *, recipient: Identity = RECIPIENT) -> bytes
         sender_id="kitchen-1",
         recipient_id="coordinator",
     )
-    return unseal(checked, chunks, recipient)
+    return unseal(checked, chunks, RECIPIENT)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +85,7 @@ def test_what_was_sealed_opens(size):
     header = peek_header(envelope.manifest)
     assert (header.plaintext_bytes, header.chunks) == (size, len(envelope.chunks))
     overhead = len(envelope.manifest) + sum(map(len, envelope.chunks)) - size
-    assert overhead <= 350 + 48 * header.chunks
+    assert overhead <= 270 + WRAP_BYTES[header.suite] + 48 * header.chunks
 
 
 def test_plaintext_and_file_key_are_not_in_the_envelope():
@@ -141,6 +155,11 @@ def test_rearranged_chunks_are_refused(rearrange):
 
     with pytest.raises(SealError):
         opened(envelope.manifest, rearrange(list(envelope.chunks), list(other.chunks)))
+
+
+def test_streams_are_random():
+    assert len({new_stream() for _ in range(100)}) == 100
+    assert len(new_stream()) == 16
 
 
 def test_no_chunks_are_not_an_empty_message():
@@ -218,89 +237,195 @@ def test_resealing_gives_the_same_stream_and_only_for_the_same_message():
         reseal(message, envelope.manifest, bytes(32))
 
 
-def test_expiry_is_judged_by_the_time_given():
-    header = peek_header(sealed(b"x").manifest)
-
-    assert not header.expired(1_999)
-    assert header.expired(2_000)
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"task": ""},
-        {"task": "a/b"},
-        {"tenant": "t" * 129},
-        {"kind": "Ä"},
-        {"task": "x\n"},
-        {"sequence": -1},
-        {"expires_s": 2**63},
-        {"stream": b"short"},
-    ],
-)
-def test_a_header_that_peers_would_refuse_is_not_made(changed):
-    with pytest.raises(LocalProtocolError):
-        sealed(b"x", **changed)
-
-
-name = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", fullmatch=True)
-number = st.integers(0, 2**63 - 1)
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    names=st.tuples(name, name, name, name, name),
-    ids=st.tuples(st.binary(min_size=8, max_size=8), st.binary(min_size=8, max_size=8)),
-    stream=st.binary(min_size=16, max_size=16),
-    numbers=st.tuples(number, number, number),
-    size=st.integers(0, 512 * 1024 * 1024),
-)
-def test_any_header_survives_its_bytes(names, ids, stream, numbers, size):
-    tenant, sender, recipient, kind, task = names
-    header = Header(
-        1, 1, tenant, sender, ids[0], recipient, ids[1], kind, task, stream, *numbers, size,
-        CHUNK_BYTES, seal_module.count_chunks(size),
-    )  # fmt: skip
-
-    assert Header.decode(header.encode()) == header
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.binary(max_size=600))
-def test_any_bytes_give_a_header_or_a_fleet_error(data):
-    for parse in (Header.decode, peek_header, PublicIdentity.from_bytes):
-        with contextlib.suppress(FleetError):
-            parse(data)
-
-
-def test_a_header_that_claims_too_much_is_refused_before_anything_is_allocated():
-    header = peek_header(sealed(b"x").manifest).encode()
-    numbers = struct.Struct(">QQII")  # expires, plaintext, chunk size, chunks
-    for plaintext, chunk, chunks in [
-        (2**62, CHUNK_BYTES, 2**31),
-        (1, CHUNK_BYTES, 2**32 - 1),
-        (1, 1, 1),
-        (0, CHUNK_BYTES, 0),
-    ]:
-        lying = header[: -numbers.size] + numbers.pack(2_000, plaintext, chunk, chunks)
-        with pytest.raises(RemoteProtocolError):
-            Header.decode(lying)
-
-
-def test_receive_keys_of_small_order_are_refused():
-    for point in (bytes(32), b"\x01" + bytes(31)):
-        with pytest.raises(RemoteProtocolError):
-            PublicIdentity.from_bytes(SENDER.public.sign + point)
-
-
-def test_identities_survive_their_bytes_and_hide_their_secrets():
-    assert Identity.from_bytes(SENDER.to_bytes()).public == SENDER.public
-    assert SENDER.to_bytes()[:32].hex() not in repr(SENDER)
-    with pytest.raises(LocalProtocolError):
-        Identity.from_bytes(b"short")
-
-
-def test_the_wrap_has_the_size_the_layout_assumes():
+def test_the_wrap_has_the_size_the_layout_assumes(suite):
     _, wrap, hashes, signature = seal_module._split(sealed(b"x").manifest)
 
-    assert (len(wrap), len(hashes), len(signature)) == (WRAP_BYTES[1], 32, SIGNATURE_BYTES)
+    assert (len(wrap), len(hashes), len(signature)) == (WRAP_BYTES[suite], 32, SIGNATURE_BYTES)
+
+
+# --- chunk by chunk ---------------------------------------------------------------------------
+
+FIELDS = {
+    "tenant": "acme",
+    "sender_id": "kitchen-1",
+    "recipient_id": "coordinator",
+    "kind": "AdapterUpdate",
+    "task": "round-1",
+    "stream": STREAM,
+    "sequence": 7,
+    "created_s": 1_000,
+    "expires_s": 2_000,
+}
+
+
+def parts_of(message: bytes) -> list[bytes]:
+    return [message[at : at + CHUNK_BYTES] for at in range(0, max(1, len(message)), CHUNK_BYTES)]
+
+
+def begin(size: int, **changed) -> Sealer:
+    keys = {"sender": SENDER.public, "recipient": RECIPIENT.public}
+    return Sealer.begin(size, **(FIELDS | keys | changed))
+
+
+def checked(manifest: bytes, recipient_id: str = "coordinator"):
+    return read_manifest(
+        manifest, SENDER.public, tenant="acme", sender_id="kitchen-1", recipient_id=recipient_id
+    )
+
+
+@pytest.mark.parametrize("size", [0, 5, CHUNK_BYTES, 2 * CHUNK_BYTES + 1])
+def test_a_message_sealed_in_parts_opens_whole_and_in_parts(size):
+    message = random.Random(size).randbytes(size)
+    sealer = begin(size)
+
+    chunks = [sealer.chunk(i, part) for i, part in enumerate(parts_of(message))]
+    manifest = sealer.manifest(SENDER)
+
+    assert opened(manifest, chunks) == message
+    opener = Opener(checked(manifest), RECIPIENT)
+    backwards = [opener.chunk(i, chunks[i]) for i in reversed(range(len(chunks)))]
+    assert b"".join(reversed(backwards)) == message
+    assert b"".join(open_chunks(checked(manifest), iter(chunks), RECIPIENT)) == message
+
+
+def test_parts_come_in_order_and_in_full():
+    sealer = begin(CHUNK_BYTES + 5)
+
+    for index, part in [(1, b"5555x"), (-1, b"x"), (0, b"short"), (0, bytes(CHUNK_BYTES + 1))]:
+        with pytest.raises(LocalProtocolError):
+            sealer.chunk(index, part)
+    sealer.chunk(0, bytes(CHUNK_BYTES))
+    with pytest.raises(LocalProtocolError):
+        sealer.manifest(SENDER)
+    sealer.chunk(1, b"12345")
+    with pytest.raises(LocalProtocolError):
+        sealer.chunk(2, b"")
+
+
+def test_one_nonce_never_sees_two_plaintexts():
+    sealer = begin(5)
+    first = sealer.chunk(0, b"first")
+
+    assert sealer.chunk(0, b"first") == first
+    with pytest.raises(SealError):
+        sealer.chunk(0, b"other")
+
+
+def test_only_the_sender_of_the_header_signs_the_manifest():
+    sealer = begin(5)
+    sealer.chunk(0, b"first")
+
+    with pytest.raises(LocalProtocolError):
+        sealer.manifest(INSIDER)
+
+
+def test_any_chunk_comes_out_again_after_a_restart():
+    message = random.Random(5).randbytes(2 * CHUNK_BYTES + 9)
+    envelope = sealed(message)
+
+    again = Sealer.again(envelope.manifest, envelope.file_key)
+
+    for index in (2, 0, 1):
+        part = parts_of(message)[index]
+        assert again.chunk(index, part) == envelope.chunks[index]
+        with pytest.raises(SealError):
+            again.chunk(index, bytes(len(part)))
+    assert again.manifest(SENDER) == envelope.manifest
+    with pytest.raises(SealError):
+        Sealer.again(b"not a manifest", envelope.file_key)
+
+
+def test_a_chunk_out_of_its_place_does_not_open():
+    envelope = sealed(random.Random(6).randbytes(2 * CHUNK_BYTES))
+    opener = Opener(checked(envelope.manifest), RECIPIENT)
+
+    for index, chunk in [(0, 1), (1, 0), (2, 0), (-1, 1)]:
+        with pytest.raises(SealError):
+            opener.chunk(index, envelope.chunks[chunk])
+
+
+def test_a_signed_hash_of_a_chunk_that_does_not_decrypt_is_refused():
+    """A sender may sign nonsense; it must not come out as plaintext."""
+    envelope = sealed(b"x" * 40)
+    header, wrap, _, _ = seal_module._split(envelope.manifest)
+    nonsense = bytes(56)
+    head = header.encode()
+    body = struct.pack(">H", len(head)) + head + wrap + chunk_hash(nonsense)
+    manifest = body + SENDER.sign(seal_module._MANIFEST_TYPE, body)
+
+    with pytest.raises(SealError):
+        opened(manifest, [nonsense])
+
+
+def test_chunks_that_end_early_are_not_a_message():
+    envelope = sealed(random.Random(7).randbytes(2 * CHUNK_BYTES))
+    chunks = open_chunks(checked(envelope.manifest), envelope.chunks[:1], RECIPIENT)
+
+    assert len(next(chunks)) == CHUNK_BYTES
+    with pytest.raises(SealError):
+        next(chunks)
+
+
+def test_a_message_for_a_hybrid_key_needs_one(suite):
+    """A party without the hybrid key, to whom somebody seals as if it had one."""
+    bare = Identity.from_bytes(RECIPIENT.to_bytes()[:64])
+    header, *_ = seal_module._split(sealed(b"x").manifest)
+    lying = Header(
+        **{name: getattr(header, name) for name in Header.__slots__}
+        | {"suite": SUITE_HYBRID, "recipient_key": bare.public.key_id(SUITE_HYBRID)}
+    )
+    manifest = seal_module.Manifest(lying, (), b"", bytes(WRAP_BYTES[SUITE_HYBRID]))
+
+    with pytest.raises(SealError):
+        Opener(manifest, bare)
+
+
+# --- one body for many ------------------------------------------------------------------------
+
+
+def test_a_broadcast_encrypts_once_and_each_device_opens_its_own():
+    message = random.Random(8).randbytes(CHUNK_BYTES + 1)
+    cohort = {f"device-{n}": Identity.generate(hybrid=n == 1) for n in range(3)}
+    first = begin(len(message))
+    chunks = [first.chunk(i, part) for i, part in enumerate(parts_of(message))]
+
+    manifests = {}
+    for number, (name, device) in enumerate(cohort.items()):
+        other = {"recipient_id": name, "stream": bytes([number]) * 16, "sequence": number + 1}
+        keys = {"recipient": device.public}
+        manifests[name] = begin(len(message), body=first, **other, **keys).manifest(SENDER)
+
+    for name, device in cohort.items():
+        manifest = checked(manifests[name], name)
+        assert unseal(manifest, chunks, device) == message
+        assert manifest.header.suite == device.public.suite
+        for stranger in cohort.keys() - {name}:
+            with pytest.raises(SealError):
+                unseal(manifest, chunks, cohort[stranger])
+
+
+def test_a_member_of_a_cohort_cannot_pass_the_body_on_as_the_senders():
+    """It knows the file key; a wrap and a signature are still the sender's alone."""
+    message = b"for all of you"
+    first = begin(len(message))
+    first.chunk(0, message)
+    header = peek_header(first.manifest(SENDER))
+
+    forged = Sealer(
+        header, first.file_key, seal_module._wrap(first.file_key, header, RECIPIENT.public)
+    )
+    forged.chunk(0, b"something else")
+
+    with pytest.raises(LocalProtocolError):
+        forged.manifest(INSIDER)
+
+
+@pytest.mark.parametrize("changed", [{"task": "round-2"}, {"kind": "Scores"}, {"tenant": "other"}])
+def test_only_recipients_differ_between_messages_of_one_body(changed):
+    first = begin(5)
+    first.chunk(0, b"first")
+
+    with pytest.raises(LocalProtocolError):
+        begin(5, body=first, **changed)
+    with pytest.raises(LocalProtocolError):
+        begin(6, body=first)

@@ -16,10 +16,11 @@ _HEADING = b"symbiont-identity-1\n"
 _MAX_BYTES = 4096
 
 
-def load_or_create(path: Path) -> Identity:
+def load_or_create(path: Path, *, hybrid: bool = False) -> Identity:
     """Return the identity in `path`, or make one there (mode 0600) when there is no file.
 
-    Two processes that create at once get the same identity.
+    Two processes that create at once get the same identity. `hybrid` adds a hybrid receive key to
+    an identity that has none; one that is there stays, since peers seal to it.
 
     Raises:
         ConfigError: others may read the file.
@@ -27,8 +28,12 @@ def load_or_create(path: Path) -> Identity:
     """
     try:
         if not path.exists():
-            _create(path, Identity.generate())
-        return _load(path)
+            _create(path, Identity.generate(hybrid=hybrid))
+        identity = _load(path)
+        if hybrid and not identity.hybrid:
+            identity = identity.with_hybrid()
+            save(path, identity)
+        return identity
     except OSError as exc:
         raise StorageError(f"cannot use the key file {path}: {exc}; check disk and rights") from exc
 
