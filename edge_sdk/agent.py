@@ -30,6 +30,7 @@ from edge_sdk.errors import (
     RuntimeFailure,
     StorageError,
 )
+from edge_sdk.graphs import OPERATORS
 from edge_sdk.leaving import Leaving, explain_all
 from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
@@ -413,8 +414,14 @@ class EdgeDevice:
         probe = child_probe(
             timeout_s=runtime.probe_s, memory_mb=runtime.probe_mb, threads=runtime.threads
         )
-        root = self._member.require().tuf_root
-        return ModelStore(self._state / "models", root=root, probe=probe)
+        member = self._member.require()
+        return ModelStore(
+            self._state / "models",
+            root=member.tuf_root,
+            probe=probe,
+            device=member.device,
+            operators=OPERATORS | frozenset(runtime.operators),
+        )
 
     def _desked(self) -> TaskDesk:
         if self._desk is None:

@@ -161,6 +161,13 @@ class RuntimeSection(Struct, frozen=True, forbid_unknown_fields=True):
             "0 means 4096 plus four times the bundle.",
         ),
     ] = 0
+    operators: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...],
+        Meta(
+            max_length=256,
+            description="Operators allowed in models beside the usual ones: Name or domain:Name.",
+        ),
+    ] = ()
 
 
 class DataSection(Struct, frozen=True, forbid_unknown_fields=True):

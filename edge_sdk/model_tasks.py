@@ -57,8 +57,9 @@ class ModelDesk:
 
         Raises:
             RuntimeFailure: neither can be opened.
+            TrustError: the files of both were altered, or their owner withdrew them.
         """
-        held = self._models.current
+        held = self._models.ready()
         if held is None:
             return
         try:
@@ -66,7 +67,14 @@ class ModelDesk:
         except RuntimeFailure:
             if self._models.previous is None:
                 raise
-            self._use(self._models.roll_back())
+            self._models.roll_back()
+            earlier = self._models.ready()
+            if earlier is None:
+                raise
+            self._use(earlier)
+        if not self._models.proven:
+            self.running().measure_speed()
+            self._models.prove()
 
     def close(self) -> None:
         """Close the open model."""
@@ -119,6 +127,8 @@ class ModelDesk:
         before = self._models.current
         with watch.stage("swap"):
             held = self._models.install(offer, now=now)
+            if held != self._models.ready():  # it was given up, or altered since
+                raise RuntimeFailure(f"release {held.release} cannot be run on this device")
             try:
                 self._use(held)
             except RuntimeFailure:
@@ -126,6 +136,7 @@ class ModelDesk:
                     self._use(self._models.roll_back())
                 raise
         report = self._measure(offer.task_id, held, watch)
+        self._models.prove()
         self._tell(
             {
                 "event": "model",

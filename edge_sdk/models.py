@@ -7,6 +7,11 @@ themselves (trust.py decides those).
     models/incoming/         files received for the present offer, not yet believed
     models/bundles/RELEASE/  verified files of a release; made complete under another name first
     models/current.json      the release that runs and the one before it; replaced by rename
+
+A new release is tried in a child process, switched to, and proven by its first answers. Until then
+each start of it is counted before it happens: a model that takes the process down with it is given
+up after MAX_STARTS, and the one before it runs again. Files are checked against the signed hashes
+whenever a model is opened.
 """
 
 import contextlib
@@ -34,7 +39,8 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
-from edge_sdk.trust import TargetFile, TrustedRelease, is_target
+from edge_sdk.graphs import OPERATORS, check_bundle, check_files
+from edge_sdk.trust import TargetFile, TrustedRelease, held_targets, is_target
 from edge_sdk.wire.manifest import ADAPTER_FILE, MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import Name, OfferModel
 
@@ -42,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 PROBE_BASE_MB = 4096
 """MiB of address space of a trial beside the bundle: Python and ONNX Runtime map some 2 GiB."""
+MAX_STARTS = 5
+"""Starts without one answer after which a release is given up: crashes, or unlucky power cuts."""
+_CRASHED_KEPT = 16
 _NAME = msgspec.json.Decoder(Name)
 
 
@@ -65,8 +74,13 @@ class Held(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Pointer(Struct, frozen=True, forbid_unknown_fields=True):
+    """`starts` counts those of `current` until it is `proven`; `crashed` were given up."""
+
     current: Held | None = None
     previous: Held | None = None
+    proven: bool = True
+    starts: int = 0
+    crashed: tuple[str, ...] = ()
 
 
 Probe = Callable[[Held], None]
@@ -76,19 +90,31 @@ Probe = Callable[[Held], None]
 class ModelStore:
     """The releases of one device under `folder`; one process at a time."""
 
-    def __init__(self, folder: Path, *, root: bytes, probe: Probe) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        root: bytes,
+        probe: Probe,
+        device: str = "",
+        operators: frozenset[str] = OPERATORS,
+    ) -> None:
         """Open the store; `root` is the TUF root received at enrolment.
+
+        `device` is the name under which releases are assigned to this device, `operators` what
+        graphs may use.
 
         Raises:
             StorageError: the folder cannot be made or its pointer is damaged.
         """
         self._folder, self._root, self._probe = folder, root, probe
+        self._device, self._operators = device, operators
         self._trust, self._incoming = folder / "trust", folder / "incoming"
         self._bundles = folder / "bundles"
         with _stored("make"):
             for part in (self._incoming, self._bundles):
                 part.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._hashed: dict[tuple[str, int, int, str], bool] = {}
+        self._hashed: dict[tuple[object, ...], bool] = {}
         self._pointer = self._read_pointer()
 
     @property
@@ -164,17 +190,69 @@ class ModelStore:
         """
         trusted = self._believe(offer, now)
         targets = [trusted.target(path) for path in _sound_paths(offer)]
+        if offer.release in self._pointer.crashed:
+            raise RuntimeFailure(
+                f"release {offer.release} ended this process {MAX_STARTS} times before it answered "
+                "once; it is not tried again under this name"
+            )
         final = self._bundles / offer.release
-        if not _complete(final, targets):
+        if not self._complete(final, targets):
             self._assemble(trusted, targets, final)
         held = self._held(offer, final)
         if held == self.current:
             return held
+        self._check(held)
         self._probe(held)
-        self._switch(_Pointer(current=held, previous=self.current or self.previous))
+        before = self.current or self.previous
+        self._change(current=held, previous=before, proven=False, starts=0)
         logger.info("model %s now runs", held.release)
         self._tidy()
         return held
+
+    @property
+    def proven(self) -> bool:
+        """Whether the release that runs has answered in this process or an earlier one."""
+        return self._pointer.proven
+
+    def ready(self) -> Held | None:
+        """Return the release to open now, its files checked and this start of it counted.
+
+        Altered files are repaired from equal ones on this disk. A release that cannot be repaired,
+        was withdrawn, or was started MAX_STARTS times without an answer gives way to the one
+        before it; what is lacking is fetched again when it is next offered. None: none is held.
+
+        Raises:
+            TrustError: no release that is held may be run; names the file and says why.
+            StorageError: the disk refuses.
+        """
+        held, pointer = self.current, self._pointer
+        if held is None:
+            return None
+        if not pointer.proven and pointer.starts >= MAX_STARTS:
+            crashed = (*pointer.crashed, held.release)[-_CRASHED_KEPT:]
+            self._change(current=self.previous, previous=None, proven=True, crashed=crashed)
+            logger.error("release %s never answered in %d starts", held.release, MAX_STARTS)
+            return self.ready()
+        try:
+            self._check(held)
+        except TrustError:
+            if self.previous is None:
+                raise
+            logger.exception("release %s may not run; returning to the one before", held.release)
+            self.roll_back()
+            return self.ready()
+        if not pointer.proven:
+            self._change(starts=pointer.starts + 1)
+        return held
+
+    def prove(self) -> None:
+        """Note that the release that runs has answered.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        if not self._pointer.proven:
+            self._change(proven=True, starts=0)
 
     def roll_back(self) -> Held:
         """Run the previous release again, because the present one fails.
@@ -186,12 +264,72 @@ class ModelStore:
         if self.previous is None:
             raise RuntimeFailure("there is no earlier model to return to")
         failed = self.current
-        self._switch(_Pointer(current=self.previous))
+        self._change(current=self.previous, previous=None, proven=True, starts=0)
         logger.warning("rolled back from %s", failed.release if failed else "nothing")
         return self._pointer.current or self.roll_back()
 
     def _believe(self, offer: OfferModel, now: datetime) -> TrustedRelease:
-        return TrustedRelease(self._trust, root=self._root, metadata=offer.metadata, now=now)
+        trusted = TrustedRelease(self._trust, root=self._root, metadata=offer.metadata, now=now)
+        for path in _sound_paths(offer):
+            trusted.target(path)
+        trusted.check_assigned(offer.family, offer.release, self._device)
+        return trusted
+
+    def _check(self, held: Held) -> None:
+        """Check a release on disk against the hashes last signed, and its graphs by the rules."""
+        signed = held_targets(self._trust, self._root)
+        folders = {Path(held.bundle)}
+        if held.adapter_path is not None:
+            folders.add(held.adapter_path.parent)
+        for folder in sorted(folders):
+            prefix = f"{held.family}/{folder.name}/"
+            targets = [target for path, target in signed.items() if path.startswith(prefix)]
+            if not targets:
+                raise TrustError(f"release {folder.name} was withdrawn by its owner")
+            if not self._complete(folder, targets):
+                self._mend(folder, targets)
+            check_bundle(folder, operators=self._operators)
+
+    def _mend(self, folder: Path, targets: list[TargetFile]) -> None:
+        """Make a release folder whole again from equal files on this disk."""
+        sources = {target.path: self._find(target) for target in targets}
+        lacking = sorted(path for path, source in sources.items() if source is None)
+        if lacking:
+            raise DigestError(
+                f"{lacking[0]} was altered or lost on this disk since it was installed; "
+                "it is fetched again when the release is next offered"
+            )
+        with _stored("repair"):
+            draft = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
+            try:
+                for target in targets:
+                    copied = draft / target.path.rsplit("/", 1)[-1]
+                    _copy(sources[target.path] or draft, copied)
+                    if not is_target(copied, target):
+                        raise DigestError(f"{target.path} changed while it was repaired")
+                self._put_in_place(draft, folder)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+        logger.warning("repaired release %s: its files had been altered", folder.name)
+
+    def _put_in_place(self, draft: Path, final: Path) -> None:
+        _sync_folder(draft)
+        if final.is_symlink() or final.is_file():
+            final.unlink()
+        elif final.exists():
+            shutil.rmtree(final)
+        os.rename(draft, final)
+        _sync_folder(self._bundles)
+
+    def _complete(self, folder: Path, targets: list[TargetFile]) -> bool:
+        """Whether the folder holds exactly the targets, each one plain file of the signed bytes."""
+        wanted = {target.path.rsplit("/", 1)[-1]: target for target in targets}
+        try:
+            if not folder.is_dir() or check_files(folder).keys() != wanted.keys():
+                return False
+        except TrustError:
+            return False
+        return all(self._is(folder / name, target) for name, target in wanted.items())
 
     def _find(self, target: TargetFile) -> Path | None:
         """A file with exactly the target's bytes, received or of a release already here."""
@@ -203,10 +341,12 @@ class ModelStore:
     def _is(self, path: Path, target: TargetFile) -> bool:
         """`is_target`, remembered while the file is untouched, so that a model is hashed once."""
         try:
-            seen = path.stat()
+            seen = path.lstat()
         except OSError:
             return False
-        key = (str(path), seen.st_mtime_ns, seen.st_size, str(target.hashes))
+        marks = (seen.st_ino, seen.st_nlink, seen.st_mode, seen.st_size)
+        # Whoever writes can set the modification time back, but not the time of change.
+        key = (str(path), *marks, seen.st_mtime_ns, seen.st_ctime_ns, str(target.hashes))
         if key not in self._hashed:
             self._hashed[key] = is_target(path, target)
         return self._hashed[key]
@@ -225,12 +365,9 @@ class ModelStore:
                         raise DigestError(f"{target.path} is not the file that was signed")
                     raise TrustError(f"{target.path} has not been received")
                 trusted.take(target, source, draft / target.path.rsplit("/", 1)[-1])
+            check_bundle(draft, operators=self._operators)
             with _stored("write to"):
-                _sync_folder(draft)
-                if final.exists():
-                    shutil.rmtree(final)
-                os.rename(draft, final)
-                _sync_folder(self._bundles)
+                self._put_in_place(draft, final)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -257,7 +394,8 @@ class ModelStore:
             )
         return Held(offer.family, offer.release, str(base), str(adapter))
 
-    def _switch(self, pointer: _Pointer) -> None:
+    def _change(self, **changes: object) -> None:
+        pointer = msgspec.structs.replace(self._pointer, **changes)
         with _stored("switch models in"):
             _replace(self._folder / "current.json", msgspec.json.encode(pointer))
         self._pointer = pointer
@@ -288,17 +426,18 @@ class ModelStore:
 
 
 def child_probe(*, timeout_s: float, memory_mb: int = 0, threads: int = 1) -> Probe:
-    """Return a probe that loads the release in a child process and has it answer once.
+    """Return a probe that loads the release in a child process and compares what it answers.
 
     A hostile or broken model can then exhaust only that process, which is limited in time and in
-    address space (`memory_mb`; 0 means PROBE_BASE_MB plus four times the bundle).
+    address space (`memory_mb`; 0 means PROBE_BASE_MB plus four times the bundle) and can write no
+    file. Its answers must come close to those the bundle gave where it was exported.
     """
 
     def probe(held: Held) -> None:
         size_mb = sum(f.stat().st_size for f in Path(held.bundle).iterdir()) >> 20
         limit_mb = memory_mb or PROBE_BASE_MB + 4 * size_mb
-        command = [sys.executable, "-m", "edge_sdk.probe", held.bundle, held.adapter]
-        command += [str(limit_mb), str(threads)]
+        command = [sys.executable, "-B", "-m", "edge_sdk.probe", held.bundle, held.adapter]
+        command += [str(limit_mb), str(threads), f"{timeout_s:g}"]
         try:
             done = subprocess.run(
                 command, capture_output=True, timeout=timeout_s, text=True, check=False
@@ -341,13 +480,6 @@ def _is_name(part: str) -> bool:
     except msgspec.DecodeError:
         return False
     return True
-
-
-def _complete(folder: Path, targets: list[TargetFile]) -> bool:
-    wanted = {target.path.rsplit("/", 1)[-1]: target for target in targets}
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} != set(wanted):
-        return False
-    return all(is_target(folder / name, target) for name, target in wanted.items())
 
 
 def _read_manifest(folder: Path) -> ReleaseManifest | None:

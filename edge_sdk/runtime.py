@@ -229,6 +229,17 @@ class SlmSession:
         best = np.argsort(logits)[::-1][:k]
         return best, logits[best]
 
+    def next_logits(self, ids: Sequence[int]) -> F32:
+        """Return the logits after the token ids `ids`, (vocab,) float32.
+
+        Raises:
+            RuntimeFailure: no ids, or more than the context holds.
+        """
+        if not ids:
+            raise RuntimeFailure("there are no tokens to continue")
+        logits: F32 = self._next_logits([list(ids)])[0]
+        return logits
+
     # --- adapter ------------------------------------------------------------------------------
 
     def set_adapter(self, path: Path | str | None) -> None:

@@ -5,7 +5,7 @@ adapters' contents or who trained the model.
 
 The folder loads unchanged in onnxruntime-genai, onnxruntime and transformers' tokenizer and
 config loaders: model.onnx with one data file, genai_config.json, config.json, the tokenizer's
-files, weights.json (compression.int4) and symbiont.json (edge_sdk.wire.manifest).
+files, weights.json (compression.int4), golden.json (exporters.golden) and symbiont.json.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, encode_manifest
 from edge_sdk.wire.messages import TextTask
 from exporters.bundle import check_names, file_entries
+from exporters.golden import write_golden
 from exporters.lora_inputs import add_lora_inputs
 from exporters.parity import ParityLimits, check_parity
 from exporters.quiet import quiet
@@ -112,6 +113,7 @@ def export_slm(
         slots = _finish_graph(model_dir, folder, options)
         _copy_texts(model_dir, folder, options.threads)
         parity = check_parity(folder, text_for_parity, limits=limits)
+        write_golden(folder)
         manifest = ReleaseManifest(
             family=family,
             release=release,

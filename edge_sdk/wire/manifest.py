@@ -15,6 +15,7 @@ from edge_sdk.wire.messages import Count, Name, TextTask
 
 MANIFEST_FILE = "symbiont.json"
 ADAPTER_FILE = "adapter.onnx_adapter"
+GOLDEN_FILE = "golden.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 """A manifest above this is refused before it is parsed; a 70 B model's is under 200 KiB."""
 
@@ -54,7 +55,22 @@ class ReleaseManifest(Struct, frozen=True, forbid_unknown_fields=True):
     base_release: Name | None = None
 
 
+class GoldenRow(Struct, frozen=True, forbid_unknown_fields=True):
+    """After the token ids `ids`, the graph gave the logits `logits` at the token ids `columns`."""
+
+    ids: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=1024)]
+    columns: Annotated[tuple[Count, ...], Meta(min_length=2, max_length=1024)]
+    logits: Annotated[tuple[float, ...], Meta(min_length=2, max_length=1024)]
+
+
+class Golden(Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle answered where it was exported; a device must come close before it runs it."""
+
+    rows: Annotated[tuple[GoldenRow, ...], Meta(min_length=1, max_length=64)]
+
+
 _decoder = msgspec.json.Decoder(ReleaseManifest)
+_golden = msgspec.json.Decoder(Golden)
 
 
 def encode_manifest(manifest: ReleaseManifest) -> bytes:
@@ -76,6 +92,30 @@ def decode_manifest(data: bytes) -> ReleaseManifest:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise RemoteProtocolError(f"not a release manifest: {exc}") from exc
+
+
+def encode_golden(golden: Golden) -> bytes:
+    """Return `golden` as the UTF-8 JSON of `golden.json`."""
+    return msgspec.json.encode(golden)
+
+
+def decode_golden(data: bytes) -> Golden:
+    """Return the expected answers that `data` holds.
+
+    Raises:
+        RemoteProtocolError: malformed, or rows whose columns and logits differ in number.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise RemoteProtocolError(
+            f"{GOLDEN_FILE} of {len(data)} bytes is over the limit of {MAX_MANIFEST_BYTES}"
+        )
+    try:
+        golden = _golden.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise RemoteProtocolError(f"{GOLDEN_FILE} is malformed: {exc}") from exc
+    if any(len(row.columns) != len(row.logits) for row in golden.rows):
+        raise RemoteProtocolError(f"{GOLDEN_FILE} has columns without logits")
+    return golden
 
 
 def director_path(family: str, release: str, device: str = "") -> str:
