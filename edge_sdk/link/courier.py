@@ -12,7 +12,7 @@ import logging
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from time import monotonic
 
@@ -25,7 +25,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.link.base import Link
 from edge_sdk.link.passwords import COORDINATOR
-from edge_sdk.link.receiving import Accept, Admit, Receiver
+from edge_sdk.link.receiving import Accept, Admit, Receiver, Refused
 from edge_sdk.link.sending import Progress, Sender
 from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.ledger import Ledger
@@ -65,6 +65,8 @@ class Courier:
         keys: on a device, called with the coordinator's retained key bundle (unverified bytes).
         progress: called often, from the worker thread.
         ledger: on a device, where each message is noted before it leaves.
+        refused: on the coordinator, told of malformed messages that their sender signed.
+        limits: on the coordinator, most bytes of a message by kind.
         clock: a monotonic clock; tests pass their own and call `step`.
     """
 
@@ -84,6 +86,8 @@ class Courier:
         keys: Callable[[bytes], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
         ledger: Ledger | None = None,
+        refused: Refused | None = None,
+        limits: Mapping[str, int] | None = None,
         clock: Callable[[], float] = monotonic,
         patience_s: float = PATIENCE_S,
         window_bytes: int = WINDOW_BYTES,
@@ -142,6 +146,8 @@ class Courier:
             progress=self._progress,
             accept=accept,
             admit=admit,
+            refused=refused,
+            limits=limits,
         )
         if self._coordinates:
             link.subscribe(f"v1/{tenant}/+/up", self._on_message)

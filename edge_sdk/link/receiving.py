@@ -18,7 +18,7 @@ The rules, in the order they are checked (PROTOCOL.md 1.3, 1.4, 5.4):
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ENROL_BYTES = 32 * 1024
 """An Enrol comes from somebody we do not know; it is small, and nothing larger is kept for it."""
+OTHER_BYTES = 64 * 1024
+"""Most bytes of a kind that `limits` does not name."""
 _STREAMS_PER_PEER = 8  # half-received messages in memory; the oldest is dropped, and resumes later
 _REMEMBERED_REJECTS = 1024
 _OTHER_KEY = "signed with another key than the one known of this sender; sign it again"
@@ -62,6 +64,12 @@ Accept = Callable[[Header, AnyMessage], None]
 """The application's part of accepting a message, inside the mailbox's transaction."""
 Admit = Callable[[Enrol, PublicIdentity], None]
 """The coordinator's decision on an Enrol; raises EnrolmentError to refuse."""
+
+
+Refused = Callable[[Header, Refusal, str], None]
+"""Told of a message that its sender signed and that is malformed; never of what may be honest."""
+
+_FAULTS = (Refusal.TOO_LARGE, Refusal.UNREADABLE, Refusal.NOT_UNDERSTOOD)
 
 
 @dataclass(slots=True)
@@ -87,6 +95,9 @@ class Receiver:
     progress: Callable[[Progress], None]
     accept: Accept | None
     admit: Admit | None
+    refused: Refused | None = None
+    limits: Mapping[str, int] | None = None
+    """Most bytes of a message by kind; a kind not named has OTHER_BYTES. None: no kind differs."""
     _transfers: OrderedDict[tuple[str, bytes], _Transfer] = field(default_factory=OrderedDict)
     _rejects: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
 
@@ -188,9 +199,10 @@ class Receiver:
             reason = "it expired before it arrived; check both clocks, then send it again"
             self._reject(peer, header, manifest.digest, Refusal.EXPIRED, reason)
             return
-        limit = MAX_ENROL_BYTES if header.kind == "Enrol" else MAX_MESSAGE_BYTES
+        limit = self._limit(header.kind)
         if header.plaintext_bytes > limit:
             reason = f"{header.plaintext_bytes} bytes are over the limit of {limit}"
+            self._fault(header, Refusal.TOO_LARGE, reason)
             self._reject(peer, header, manifest.digest, Refusal.TOO_LARGE, reason)
             return
         key = (peer, header.stream)
@@ -217,6 +229,7 @@ class Receiver:
         self._transfers.pop((peer, header.stream), None)
         if refusal is not None:
             self.mailbox.drop_chunks(header.stream)
+            self._fault(header, refusal, reason)
             self._reject(peer, header, manifest.digest, refusal, reason)
             return
         self._report(header, header.plaintext_bytes)
@@ -264,6 +277,15 @@ class Receiver:
                 self.admit(message, public)
             if self.accept is not None:
                 self.accept(header, message)
+
+    def _limit(self, kind: str) -> int:
+        if kind == "Enrol":
+            return MAX_ENROL_BYTES
+        return MAX_MESSAGE_BYTES if self.limits is None else self.limits.get(kind, OTHER_BYTES)
+
+    def _fault(self, header: Header, refusal: Refusal, reason: str) -> None:
+        if self.refused is not None and refusal in _FAULTS and header.kind != "Enrol":
+            self.refused(header, refusal, reason)
 
     def _reject(
         self, peer: str, header: Header, digest: bytes, refusal: Refusal, reason: str
