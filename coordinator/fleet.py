@@ -21,15 +21,16 @@ from typing import Any
 import msgspec
 
 from coordinator.store import Store
-from edge_sdk.errors import ConfigError, EnrolmentError
+from edge_sdk.errors import ConfigError, EnrolmentError, RemoteProtocolError
 from edge_sdk.wire.enrolment import (
     LONGEST_CODE_S,
     SECRET_BYTES,
     EnrolmentCode,
     check_secret,
+    read_statement,
     secret_hash,
 )
-from edge_sdk.wire.messages import Enrol, Name
+from edge_sdk.wire.messages import Enrol, Name, RenewKeys
 from edge_sdk.wire.seal import PublicIdentity
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,12 @@ RESERVED = "coordinator"
 
 
 class DeviceState(StrEnum):
-    """Active devices take part; quarantined ones are heard but not used; revoked ones refused."""
+    """Active devices take part; quarantined ones are heard but not used; the others refused.
 
+    Pending ones have used a good code and wait for `approve`.
+    """
+
+    PENDING = "pending"
     ACTIVE = "active"
     QUARANTINED = "quarantined"
     REVOKED = "revoked"
@@ -64,8 +69,13 @@ class Device:
     def summary(self) -> dict[str, Any]:
         """Return what `symbiont device list` shows; the key only as its short name."""
         shown = asdict(self)
-        public = PublicIdentity(shown.pop("identity_key"), shown.pop("receive_key"))
-        return {**shown, "state": str(self.state), "key": public.sign_id.hex()}
+        del shown["identity_key"], shown["receive_key"]
+        return {**shown, "state": str(self.state), "key": self.public.sign_id.hex()}
+
+    @property
+    def public(self) -> PublicIdentity:
+        """The device's public keys. The hybrid key, if any, is kept behind the receive key."""
+        return PublicIdentity(self.identity_key, self.receive_key[:32], self.receive_key[32:])
 
 
 _COLUMNS = (
@@ -76,8 +86,12 @@ _COLUMNS = (
 class Fleet:
     """The devices of one tenant; other tenants' rows are never seen."""
 
-    def __init__(self, store: Store, *, tenant: str, now: Callable[[], float]) -> None:
+    def __init__(
+        self, store: Store, *, tenant: str, now: Callable[[], float], approve: bool = False
+    ) -> None:
+        """`approve`: a good code makes a device pending, and `approve` lets it in."""
         self._store, self._tenant, self._now = store, tenant, now
+        self._state = DeviceState.PENDING if approve else DeviceState.ACTIVE
 
     # --- tokens -------------------------------------------------------------------------------
 
@@ -136,7 +150,10 @@ class Fleet:
                     f"this enrolment code is for {device}, not for {enrol.device}; "
                     f"ask the operator for one for {enrol.device}"
                 )
-            if used is not None and self.lookup(device) == keys:
+            known = self.get(device)
+            if used is not None and known is not None and known.public == keys:
+                if known.state == DeviceState.REVOKED:
+                    raise EnrolmentError(f"{device} was revoked; ask the operator for a new code")
                 return
             if used is None and self._now() >= expires:
                 raise EnrolmentError(
@@ -154,6 +171,61 @@ class Fleet:
             self._insert(db, enrol, keys)
         logger.info("enrolled %s", enrol.device)
 
+    def approve(self, device: str) -> None:
+        """Let a pending device in, or one in quarantine back in.
+
+        Raises:
+            EnrolmentError: there is no such device, or it is revoked or active.
+        """
+        with self._store.transaction() as db:
+            changed = db.execute(
+                "UPDATE devices SET state = ?, faults = 0 WHERE tenant = ? AND device = ?"
+                " AND state IN (?, ?)",
+                (
+                    DeviceState.ACTIVE,
+                    self._tenant,
+                    device,
+                    DeviceState.PENDING,
+                    DeviceState.QUARANTINED,
+                ),
+            ).rowcount
+            found = self.get(device)
+        if found is None:
+            raise EnrolmentError(self._unknown(device))
+        if not changed:
+            raise EnrolmentError(
+                f"{device} is {found.state}; only pending and quarantined devices are approved"
+                + ("; make a new code for it" if found.state == DeviceState.REVOKED else "")
+            )
+        logger.info("approved %s", device)
+
+    def renew(self, device: str, words: RenewKeys) -> None:
+        """Know `device` by the keys of its statement from now on.
+
+        Raises:
+            RemoteProtocolError: not signed by its present and its next key, or not its own.
+        """
+        with self._store.transaction() as db:
+            known = self.lookup(device)
+            if known is None:
+                raise RemoteProtocolError(f"{device} is not enrolled here")
+            statement = read_statement(
+                words.statement,
+                words.signature,
+                words.countersignature,
+                tenant=self._tenant,
+                known=known,
+            )
+            if statement.device != device:
+                raise RemoteProtocolError(f"{device} speaks for {statement.device}")
+            keys = statement.identity
+            db.execute(
+                "UPDATE devices SET identity_key = ?, receive_key = ?"
+                " WHERE tenant = ? AND device = ?",
+                (keys.sign, keys.receive + keys.hybrid, self._tenant, device),
+            )
+        logger.info("%s has new keys", device)
+
     def _insert(self, db: sqlite3.Connection, enrol: Enrol, keys: PublicIdentity) -> None:
         # A second enrolment of a device replaces its keys: the operator made a new code for it.
         db.execute(
@@ -164,8 +236,8 @@ class Fleet:
                 self._tenant,
                 enrol.device,
                 keys.sign,
-                keys.receive,
-                DeviceState.ACTIVE,
+                keys.receive + keys.hybrid,
+                self._state,
                 json.dumps(enrol.families),
                 enrol.memory_mb,
                 self._now(),
@@ -194,11 +266,14 @@ class Fleet:
         return _device(row) if row else None
 
     def lookup(self, device: str) -> PublicIdentity | None:
-        """Return a device's public keys, or None if it is unknown or revoked; for the courier."""
+        """Return a device's public keys, or None if it is unknown, pending or revoked.
+
+        The courier asks at every message, so a revocation by another process counts at once.
+        """
         found = self.get(device)
-        if found is None or found.state == DeviceState.REVOKED:
+        if found is None or found.state in (DeviceState.REVOKED, DeviceState.PENDING):
             return None
-        return PublicIdentity(found.identity_key, found.receive_key)
+        return found.public
 
     def active(self, family: str | None = None) -> tuple[str, ...]:
         """Return the ids of active devices, of one family (devices that named none take any)."""
@@ -230,9 +305,21 @@ class Fleet:
                 (self._now(), self._tenant, device),
             ).rowcount
         if changed + spent == 0:
-            known = ", ".join(d.device for d in self.list()) or "none"
-            raise EnrolmentError(f"there is no device {device} here; enrolled are: {known}")
+            raise EnrolmentError(self._unknown(device))
         logger.info("revoked %s", device)
+
+    def revoked(self) -> frozenset[str]:
+        """Return the ids of revoked devices."""
+        with self._store.transaction() as db:
+            rows = db.execute(
+                "SELECT device FROM devices WHERE tenant = ? AND state = ?",
+                (self._tenant, DeviceState.REVOKED),
+            ).fetchall()
+        return frozenset(device for (device,) in rows)
+
+    def _unknown(self, device: str) -> str:
+        known = ", ".join(d.device for d in self.list()) or "none"
+        return f"there is no device {device} here; enrolled are: {known}"
 
     def seen(self, device: str) -> None:
         """Record that something arrived from `device`."""

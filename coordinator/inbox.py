@@ -6,10 +6,11 @@ what waits here through `runner.py`. Lock order: `changed` before the database, 
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from coordinator.events import Events
-from coordinator.fleet import Fleet
+from coordinator.fleet import DeviceState, Fleet
 from coordinator.registry import Registry
 from coordinator.replies import Expected, check_reply, figures
 from coordinator.store import AskRow, Store
@@ -21,6 +22,8 @@ from edge_sdk.wire.messages import (
     Enrolled,
     File,
     Refused,
+    Renewed,
+    RenewKeys,
     TextTask,
     WantFiles,
     decode,
@@ -33,6 +36,10 @@ MAIL_WAIT_S = 1.0
 """The mail thread looks again after this long even if nobody called it."""
 REASON_CHARS = 300
 """A device's reason is kept this far; it is shown to people, and a device may send 64 KiB."""
+
+
+Certify = Callable[[str, bytes], bytes]
+"""(device, PKCS#10 request) -> certificate for the broker; raises RemoteProtocolError."""
 
 
 @dataclass(slots=True)
@@ -50,6 +57,7 @@ class Inbox:
 
     Attributes:
         waiting: letter id -> reply that no Commit has used yet.
+        certify: issues certificates for the broker, None where none are issued.
         changed: notified when letters were taken.
     """
 
@@ -62,12 +70,19 @@ class Inbox:
         self._arrived = threading.Event()
         self._last_letter = 0
         self._closing = False
+        self.certify: Certify | None = None
         self.changed = threading.Condition()
         self.waiting: dict[int, Waiting] = {}
 
     def accept(self, header: Header, message: AnyMessage) -> None:
-        """Called inside the transaction that accepts a message: note who was heard of."""
+        """Called inside the transaction that accepts a message: note who was heard of.
+
+        Raises:
+            RemoteProtocolError: new keys that the device may not have.
+        """
         self._fleet.seen(header.sender)
+        if isinstance(message, RenewKeys):
+            self._fleet.renew(header.sender, message)
         self._arrived.set()
 
     def open(self, courier: Courier) -> None:
@@ -108,6 +123,8 @@ class Inbox:
             message = decode(data)
             if isinstance(message, Enrol):
                 self._welcome(letter, message)
+            elif isinstance(message, RenewKeys):
+                self._renewed(letter, sender, message)
             elif not self._fleet.is_active(sender):
                 raise RemoteProtocolError(f"{sender} is revoked or in quarantine")
             elif isinstance(message, WantFiles):
@@ -122,7 +139,13 @@ class Inbox:
     def _welcome(self, letter: int, enrol: Enrol) -> None:
         assert self._courier is not None
         self._courier.forget(enrol.device)
-        answer = Enrolled(enrol.device, self._registry.root(), self._task)
+        found = self._fleet.get(enrol.device)
+        if found is not None and found.state == DeviceState.PENDING:
+            self._store.mailbox.mark_read(letter)  # `device approve` sends the answer
+            self._events("pending", device=enrol.device)
+            return
+        certificate = self._certify(enrol.device, enrol.csr)
+        answer = Enrolled(enrol.device, self._registry.root(), self._task, certificate)
         with self._store.transaction():
             self._courier.send(enrol.device, answer, task=enrol.token_id)
             self._store.mailbox.mark_read(letter)
@@ -132,6 +155,17 @@ class Inbox:
             families=list(enrol.families),
             memory_mb=enrol.memory_mb,
         )
+
+    def _certify(self, device: str, csr: bytes) -> bytes:
+        return self.certify(device, csr) if self.certify is not None and csr else b""
+
+    def _renewed(self, letter: int, sender: str, words: RenewKeys) -> None:
+        assert self._courier is not None
+        answer = Renewed(words.task_id, self._certify(sender, words.csr))
+        with self._store.transaction():
+            self._courier.send(sender, answer, task=words.task_id)
+            self._store.mailbox.mark_read(letter)
+        self._events("renewed", device=sender)
 
     def _serve_files(self, letter: int, sender: str, want: WantFiles) -> None:
         assert self._courier is not None
