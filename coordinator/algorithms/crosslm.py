@@ -36,7 +36,7 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,9 @@ class CrossLMConfig:
         score_on_devices: line 5 by the devices themselves.
         permute_feedback: the ablation of PAPERS.md 1 (f): scores are shuffled among the texts, and
             opinions among the public texts.
+        permute_scores: a finer ablation: the scores are shuffled, the opinions stay.
+        shuffle_labels: the ablation of S: its labels, hard and soft, are dealt to other texts for
+            everyone who learns from them.
         learn_codec: fit the learned codec on the first round's updates.
     """
 
@@ -99,6 +102,8 @@ class CrossLMConfig:
     distil_lr: float = 2e-3
     score_on_devices: bool = False
     permute_feedback: bool = False
+    permute_scores: bool = False
+    shuffle_labels: bool = False
     learn_codec: bool = True
     training: LocalTraining = field(default_factory=LocalTraining)
     update: Update = field(default_factory=Update)
@@ -209,6 +214,11 @@ def crosslm(
         feedback = scores
         if cfg.permute_feedback:
             feedback, opinions = rng.permutation(scores), rng.permutation(opinions)
+        unpaired = np.random.default_rng([seed, step, 1])  # draws of ablations only
+        if cfg.permute_scores:
+            feedback = unpaired.permutation(scores)
+        if cfg.shuffle_labels:
+            written = shuffled_labels(written, unpaired)
         with stage("update"):
             losses = llm.update(  # line 6
                 written,
@@ -272,6 +282,12 @@ def uniform_labels(task: TextTask, n: int, rng: np.random.Generator) -> list[str
     return [order[i] for i in rng.permutation(n)]
 
 
+def shuffled_labels(written: Written, rng: np.random.Generator) -> Written:
+    """The same texts and the same labels, paired at random."""
+    order = rng.permutation(len(written.labels)).tolist()
+    return replace(written, labels=[written.labels[i] for i in order])
+
+
 def mean_scores(verdicts: tuple[Reply, ...], *, otherwise: F32) -> F32:
     """Mean of the devices' scores, (n,); `otherwise` where no device gave as many as were asked."""
     rows = [
@@ -333,6 +349,9 @@ def _distil(
     agreement = float(np.mean(large.argmax(axis=1) == jury.argmax(axis=1)))
     share = cfg.llm_share * agreement
     soft = share * large + (1 - share) * sharpen(jury, 1 / cfg.sharpness)
+    if cfg.shuffle_labels:
+        made = np.random.default_rng([seed, 1]).permutation(len(pool.texts))
+        soft = np.concatenate([soft[made], soft[len(made) :]])
     likely = np.bincount(soft.argmax(axis=1), minlength=soft.shape[1])  # texts per label
     if 2 * int((likely > 0).sum()) < len(likely):
         return 0.0, agreement
