@@ -59,10 +59,37 @@ class ServiceSection(Struct, frozen=True, forbid_unknown_fields=True):
     ca_file: Annotated[
         _Path, Meta(description="PEM file of the broker's authority; empty means the system's.")
     ] = ""
+    cert_file: Annotated[
+        _Path, Meta(description="PEM certificate to show the broker (mTLS); empty means none.")
+    ] = ""
+    key_file: Annotated[_Path, Meta(description="Its private key.")] = ""
+    broker_dir: Annotated[
+        _Path,
+        Meta(
+            description="Folder that `symbiont broker config` made, if the broker runs here: "
+            "`device token` and `device revoke` then let devices in and throw them out."
+        ),
+    ] = ""
     mqtt_version: Annotated[
         Literal["5", "3.1.1"],
         Meta(description="MQTT version tried first; the other follows by itself."),
     ] = "5"
+    enrolment: Annotated[
+        Literal["token", "approve"],
+        Meta(
+            description="token: a good code lets a device in; "
+            "approve: it then waits for `symbiont device approve`."
+        ),
+    ] = "token"
+    certificate_days: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=825,
+            description="Days a device's broker certificate lasts (mTLS); renewed after two "
+            "thirds. A device that is away longer needs a new code.",
+        ),
+    ] = 30
     store_mb: Annotated[
         int,
         Meta(
@@ -262,6 +289,9 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 state_dir=absolute(self.service.state_dir),
                 password_file=absolute(self.service.password_file),
                 ca_file=absolute(self.service.ca_file),
+                cert_file=absolute(self.service.cert_file),
+                key_file=absolute(self.service.key_file),
+                broker_dir=absolute(self.service.broker_dir),
             ),
             families=tuple(replace(f, path=absolute(f.path)) for f in self.families),
             llm=replace(self.llm, path=absolute(self.llm.path)),

@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, TextIO
-from urllib.parse import quote
 
 from coordinator.algorithms.fedavg import mean_accuracy, measured
 from coordinator.config import CoordinatorConfig, FamilySection
@@ -20,20 +19,17 @@ from coordinator.desk import Desk
 from coordinator.events import Events
 from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
 from coordinator.runner import Runner
+from coordinator.warden import Warden
 from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
+from edge_sdk.link.dial import dial
 from edge_sdk.link.mqtt import MqttLink
-from edge_sdk.store.settings import read_secret
-from edge_sdk.wire.enrolment import sign_bundle
 from exporters.slm import SlmOptions, export_slm
 
 logger = logging.getLogger(__name__)
 
 BASE = "base"
 """Name of each family's first release, before any round."""
-KEYS_LAST_S = 30 * 86_400
-KEYS_RENEW_S = 86_400
-"""The retained key bundle lasts a month and is signed anew every day."""
 LOOK_AGAIN_S = 0.5
 """How often the service looks for new devices and changed byte counts."""
 
@@ -63,7 +59,7 @@ class Service:
         self.courier = Courier(
             link or link_of(config),
             self.desk.mailbox,
-            self.desk.identity,
+            self.desk.ring,
             tenant=config.service.tenant,
             me="coordinator",
             lookup=self.desk.fleet.lookup,
@@ -75,7 +71,7 @@ class Service:
         )
         self._now = now
         self._stop = threading.Event()
-        self._announced = 0.0
+        self.warden = Warden(self.desk, self.courier, self.events)
         self._bytes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
 
     @classmethod
@@ -135,7 +131,7 @@ class Service:
         """Connect, announce the keys and take mail from now on."""
         self.courier.start()
         self.runner.start_mail(self.courier)
-        self._announce()
+        self.warden.announce()
         self.events("started", tenant=self.config.service.tenant)
 
     def publish_base(self, family: FamilySection) -> Release:
@@ -191,24 +187,11 @@ class Service:
         return program
 
     def _tick(self) -> None:
-        if self._now() - self._announced > KEYS_RENEW_S:
-            self._announce()
+        self.warden.tick()
         counted = (self.courier.bytes_up, self.courier.bytes_down)
         if counted != self._bytes:
             self._bytes = counted
             self.events("bytes", up=counted[0], down=counted[1])
-
-    def _announce(self) -> None:
-        self._announced = self._now()
-        self.courier.announce_keys(
-            sign_bundle(
-                self.desk.root,
-                self.desk.identity.public,
-                tenant=self.config.service.tenant,
-                version=int(self._announced),  # grows with the clock, over restarts too
-                expires_s=int(self._announced) + KEYS_LAST_S,
-            )
-        )
 
     def _report(self, family: str) -> None:
         self._tick()
@@ -246,15 +229,13 @@ def link_of(config: CoordinatorConfig) -> MqttLink:
         ConfigError: the password file cannot be read, or the url is wrong.
     """
     service = config.service
-    url = service.broker
-    if service.password_file:
-        password = read_secret(service.password_file)
-        scheme, _, rest = url.partition("://")
-        url = f"{scheme}://{quote(service.username, safe='')}:{quote(password, safe='')}@{rest}"
-    return MqttLink(
-        url,
-        client_id=service.username,
-        ca=service.ca_file or None,
+    return dial(
+        service.broker,
+        user=service.username,
+        password_file=service.password_file,
+        ca_file=service.ca_file,
+        cert_file=service.cert_file,
+        key_file=service.key_file,
         mqtt_version=service.mqtt_version,
     )
 

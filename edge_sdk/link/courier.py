@@ -258,8 +258,10 @@ class Courier:
         self.nudge()
 
     def forget(self, peer: str) -> None:
-        """Drop half-received messages and remembered refusals of a peer revoked or readmitted."""
+        """Stop all transfers with a peer that was revoked or readmitted; forget its refusals."""
         self._receiver.forget(peer)
+        self._sender.forget(peer)
+        self.nudge()
 
     def nudge(self) -> None:
         """Look into the outbox now, and try peers again whose keys were unknown."""

@@ -9,6 +9,7 @@ remembers which chunks it has, and an Offer asks for the rest.
 
 import logging
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -101,6 +102,7 @@ class Sender:
     """On a device: where it is noted what leaves, before it does."""
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
     _peers: dict[bytes, str] = field(default_factory=dict)
+    _gone: deque[str] = field(default_factory=deque)
 
     @property
     def identity(self) -> Identity:
@@ -110,6 +112,10 @@ class Sender:
     def expect(self, stream: bytes, to: str) -> None:
         """Note whom a new stream is for, so that it is not read from the disk to find out."""
         self._peers[stream] = to
+
+    def forget(self, peer: str) -> None:
+        """Stop what is on its way to `peer`; the next refill begins anew if it may. Any thread."""
+        self._gone.append(peer)
 
     # --- called by the courier's worker -----------------------------------------------------
 
@@ -164,6 +170,10 @@ class Sender:
 
     def tick(self) -> None:
         """Offer again what has been silent for too long."""
+        while self._gone:
+            peer = self._gone.popleft()
+            for current in [s for s in self._streams.values() if s.to == peer]:
+                self._end(current)
         if not self.link.connected:
             return
         now = self.clock()
