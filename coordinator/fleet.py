@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.quarantine import FaultRule, Quarantine
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError, EnrolmentError, RemoteProtocolError
 from edge_sdk.wire.enrolment import (
@@ -35,8 +36,8 @@ from edge_sdk.wire.seal import PublicIdentity
 
 logger = logging.getLogger(__name__)
 
-FAULTS_BEFORE_QUARANTINE = 5
-"""Refused replies after which a device is left out until the operator enrols it again."""
+FAULTS_BEFORE_QUARANTINE = FaultRule().faults
+"""Refused messages in a week after which a device is left out until the operator approves it."""
 RESERVED = "coordinator"
 
 
@@ -87,9 +88,19 @@ class Fleet:
     """The devices of one tenant; other tenants' rows are never seen."""
 
     def __init__(
-        self, store: Store, *, tenant: str, now: Callable[[], float], approve: bool = False
+        self,
+        store: Store,
+        *,
+        tenant: str,
+        now: Callable[[], float],
+        approve: bool = False,
+        rule: FaultRule | None = None,
     ) -> None:
-        """`approve`: a good code makes a device pending, and `approve` lets it in."""
+        """`approve`: a good code makes a device pending, and `approve` lets it in.
+
+        `rule`: how many faults put a device in quarantine, and for how long.
+        """
+        self.quarantine = Quarantine(store, tenant=tenant, now=now, rule=rule)
         self._store, self._tenant, self._now = store, tenant, now
         self._state = DeviceState.PENDING if approve else DeviceState.ACTIVE
 
@@ -153,7 +164,10 @@ class Fleet:
             known = self.get(device)
             if used is not None and known is not None and known.public == keys:
                 if known.state == DeviceState.REVOKED:
-                    raise EnrolmentError(f"{device} was revoked; ask the operator for a new code")
+                    raise EnrolmentError(
+                        f"the code of {device} was already used and the device is revoked; "
+                        "ask the operator for a new code"
+                    )
                 return
             if used is None and self._now() >= expires:
                 raise EnrolmentError(
@@ -277,6 +291,7 @@ class Fleet:
 
     def active(self, family: str | None = None) -> tuple[str, ...]:
         """Return the ids of active devices, of one family (devices that named none take any)."""
+        self.quarantine.expire()
         return tuple(
             d.device
             for d in self.list()
@@ -287,6 +302,9 @@ class Fleet:
     def is_active(self, device: str) -> bool:
         """Say whether the device may take part."""
         found = self.get(device)
+        if found is not None and found.state == DeviceState.QUARANTINED:
+            self.quarantine.expire()
+            found = self.get(device)
         return found is not None and found.state == DeviceState.ACTIVE
 
     def revoke(self, device: str) -> None:
@@ -329,25 +347,9 @@ class Fleet:
                 (self._now(), self._tenant, device),
             )
 
-    def fault(self, device: str) -> bool:
-        """Count a refused reply; return whether that put the device in quarantine."""
-        with self._store.transaction() as db:
-            db.execute(
-                "UPDATE devices SET faults = faults + 1 WHERE tenant = ? AND device = ?",
-                (self._tenant, device),
-            )
-            changed = db.execute(
-                "UPDATE devices SET state = ? WHERE tenant = ? AND device = ? AND state = ?"
-                " AND faults >= ?",
-                (
-                    DeviceState.QUARANTINED,
-                    self._tenant,
-                    device,
-                    DeviceState.ACTIVE,
-                    FAULTS_BEFORE_QUARANTINE,
-                ),
-            ).rowcount
-        return changed == 1
+    def fault(self, device: str, step: str = "reply", reason: str = "") -> bool:
+        """Count something no honest device sends; return whether that put it in quarantine."""
+        return self.quarantine.fault(device, step, reason)
 
 
 def _device(row: tuple[Any, ...]) -> Device:

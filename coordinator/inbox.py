@@ -29,11 +29,14 @@ from edge_sdk.wire.messages import (
     decode,
 )
 from edge_sdk.wire.seal import Header
+from edge_sdk.wire.transfer import Refusal
 
 logger = logging.getLogger(__name__)
 
 MAIL_WAIT_S = 1.0
 """The mail thread looks again after this long even if nobody called it."""
+MOST_PATHS = 256
+"""No release has more files, and a device asks for each once."""
 REASON_CHARS = 300
 """A device's reason is kept this far; it is shown to people, and a device may send 64 KiB."""
 
@@ -85,6 +88,16 @@ class Inbox:
             self._fleet.renew(header.sender, message)
         self._arrived.set()
 
+    def refused(self, header: Header, refusal: Refusal, reason: str) -> None:
+        """Called by the courier for a message that its sender signed and nobody can read."""
+        with self._store.transaction():
+            row = self._store.ask_of_task(header.task)
+            if row is not None and row.device == header.sender and row.state == "open":
+                self._store.set_ask_state(row.ask, "refused")
+            quarantined = self._fleet.fault(header.sender, refusal.name.lower(), reason)
+        self._tell_refusal(header.sender, header.kind, reason, quarantined=quarantined)
+        self._arrived.set()
+
     def open(self, courier: Courier) -> None:
         """Take the letters that an earlier process left."""
         self._courier = courier
@@ -126,7 +139,8 @@ class Inbox:
             elif isinstance(message, RenewKeys):
                 self._renewed(letter, sender, message)
             elif not self._fleet.is_active(sender):
-                raise RemoteProtocolError(f"{sender} is revoked or in quarantine")
+                # Not a fault: nobody told it, and what it sent was asked for before.
+                self._put_away(letter, sender, message, "revoked or in quarantine")
             elif isinstance(message, WantFiles):
                 self._serve_files(letter, sender, message)
             elif isinstance(message, Refused):
@@ -134,7 +148,7 @@ class Inbox:
             else:
                 self._keep_reply(letter, sender, message)
         except RemoteProtocolError as exc:
-            self.refuse(letter, sender, message, str(exc))
+            self.refuse(letter, sender, message, str(exc), step="reply")
 
     def _welcome(self, letter: int, enrol: Enrol) -> None:
         assert self._courier is not None
@@ -169,6 +183,8 @@ class Inbox:
 
     def _serve_files(self, letter: int, sender: str, want: WantFiles) -> None:
         assert self._courier is not None
+        if len(set(want.paths)) != len(want.paths) or len(want.paths) > MOST_PATHS:
+            raise RemoteProtocolError(f"{len(want.paths)} files at once, or one of them twice")
         files = [File(want.task_id, path, self._registry.read(path)) for path in want.paths]
         with self._store.transaction():
             for file in files:
@@ -208,13 +224,29 @@ class Inbox:
             raise RemoteProtocolError(f"{sender} answers task {task[:80]!r}, which is closed")
         return row
 
-    def refuse(self, letter: int, device: str, message: AnyMessage | None, reason: str) -> None:
-        """Put a letter away unused, and count a fault of its sender."""
+    def refuse(
+        self, letter: int, device: str, message: AnyMessage | None, reason: str, *, step: str
+    ) -> None:
+        """Put a letter away unused, and count a fault of its sender found at `step`."""
+        with self._store.transaction():
+            kind = self._put_away(letter, device, message, reason)
+            quarantined = self._fleet.fault(device, step, reason)
+        self._tell_refusal(device, kind, reason, quarantined=quarantined)
+
+    def blame(self, device: str, reason: str) -> None:
+        """Count a fault that only the comparison with others has shown."""
+        quarantined = self._fleet.fault(device, "proportion", reason)
+        self._tell_refusal(device, "AdapterUpdate", reason, quarantined=quarantined)
+
+    def _put_away(self, letter: int, device: str, message: AnyMessage | None, reason: str) -> str:
         kind = type(message).__name__ if message is not None else "unreadable"
         self._store.refuse(letter, device, kind, reason)
-        quarantined = self._fleet.fault(device)
+        return kind
+
+    def _tell_refusal(self, device: str, kind: str, reason: str, *, quarantined: bool) -> None:
+        reason = reason[:REASON_CHARS]
         logger.warning("refused a %s of %s: %s", kind, device[:12], reason)
         self._events("reply_refused", device=device, kind=kind, reason=reason)
         if quarantined:
-            logger.warning("%s is in quarantine; revoke it or enrol it again", device[:12])
+            logger.warning("%s is in quarantine; revoke it or approve it again", device[:12])
             self._events("quarantined", device=device)

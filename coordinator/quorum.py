@@ -7,11 +7,15 @@ A reply is *fresh* if it answers the very words of this Ask, whoever sent them f
 or the one before a crash. It is *late* if it answers an earlier task of the same kind.
 """
 
+import logging
+
 from coordinator.fleet import Fleet
 from coordinator.inbox import Inbox, Waiting
 from coordinator.programs import LATE_STEPS, Ask
 from coordinator.store import AskRow, Store
-from edge_sdk.errors import FleetError, QuorumMissed
+from edge_sdk.errors import FleetError, QuorumMissed, StorageError
+
+logger = logging.getLogger(__name__)
 
 Taken = list[tuple[Waiting, int]]
 """Replies with their staleness."""
@@ -86,8 +90,16 @@ class Quorum:
             return True
         try:
             self.ask.check(waiting.row.device, waiting.message)
-        except (FleetError, ValueError) as exc:
-            self._inbox.refuse(waiting.letter, waiting.row.device, waiting.message, str(exc))
+        except StorageError:
+            raise  # ours, not the device's
+        except Exception as exc:  # whatever a device's bytes provoke must not end the round
+            reason = str(exc)
+            if not isinstance(exc, FleetError | ValueError):
+                logger.exception("a reply of %s broke its check", waiting.row.device[:12])
+                reason = f"it could not be checked ({type(exc).__name__})"
+            self._inbox.refuse(
+                waiting.letter, waiting.row.device, waiting.message, reason, step="update"
+            )
             self._store.set_ask_state(waiting.row.ask, "refused")
             del self._inbox.waiting[waiting.letter]
             return False

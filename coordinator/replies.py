@@ -1,7 +1,20 @@
 """Which reply belongs to which task, and what in a reply can be checked without any model.
 
-Knows the vocabulary's pairs. Does not know who answered, nor what the figures are for; shapes and
-finiteness of adapters are the program's own check (`Ask.check`), which alone knows codecs.
+Knows the vocabulary's pairs. Does not know who answered, nor what the figures are for.
+
+An update passes these steps, cheap before dear (PROTOCOL.md 4.2); each raises one typed error, and
+what only a hostile or broken device sends is counted against it (`quarantine.py`):
+
+1. size by kind, known and active device, signature, expiry, chunk hashes: the courier, before a
+   byte is kept (`MOST_BYTES`; edge_sdk/link/receiving.py);
+2. decryption, decoding, fields within the ranges of the vocabulary: the courier;
+3. replay window and one message per task: the mailbox, in the accepting transaction;
+4. an open task of this very device, of the kind, round, release and length asked, all figures
+   finite and within reason: here;
+5. codes decoded within the length that the codec's layout allows, names and shapes as the task's,
+   finite, within the absolute bound: the program's own check (`AdapterExchange.check`);
+6. not out of proportion to the round's other updates: `aggregate.py`;
+7. what came out is not worse than before: `gate.py`.
 """
 
 import math
@@ -20,6 +33,19 @@ from edge_sdk.wire.messages import (
     Scores,
     TrainAdapter,
 )
+
+MOST_BYTES = {
+    "AdapterUpdate": 256 * 1024**2,
+    "Scores": 8 * 1024**2,
+    "WantFiles": 1024**2,
+    "Refused": 256 * 1024,
+}
+"""Most bytes of each kind that devices send; 64 KiB for the others."""
+MOST_FIGURE = 1e9
+"""No honest duration, speed or memory is above this."""
+MOST_STAGES = 32
+"""A reply times at most this many stages, each named in at most STAGE_CHARS."""
+STAGE_CHARS = 32
 
 EXPECTED = {"TrainAdapter": "AdapterUpdate", "Score": "Scores", "OfferModel": "ModelReport"}
 """The reply to each task; a task not named here has none."""
@@ -57,7 +83,8 @@ def check_reply(reply: AnyMessage, expected: Expected) -> None:
     """Check a reply against its task.
 
     Raises:
-        RemoteProtocolError: of the wrong type, release, round or length, or not finite.
+        RemoteProtocolError: of the wrong type, release, round or length, or a figure that is not
+            finite or makes no sense.
     """
     kind = type(reply).__name__
     if kind != expected.kind:
@@ -70,6 +97,13 @@ def check_reply(reply: AnyMessage, expected: Expected) -> None:
         raise RemoteProtocolError(f"{len(reply.scores)} scores for {expected.count} texts")
     if not all(math.isfinite(number) for number in _numbers(reply)):
         raise RemoteProtocolError(f"a figure in this {kind} is not finite")
+    stages = getattr(reply, "seconds", {})
+    if len(stages) > MOST_STAGES or any(len(name) > STAGE_CHARS for name in stages):
+        raise RemoteProtocolError(f"{len(stages)} stages in this {kind}, or names too long")
+    # A cosine may be negative; durations, speeds and memory may not.
+    measured = [*stages.values(), *(getattr(reply, n, 0.0) for n in ("peak_mb", "tokens_per_s"))]
+    if not all(0.0 <= number <= MOST_FIGURE for number in measured):
+        raise RemoteProtocolError(f"a figure in this {kind} is outside 0 to {MOST_FIGURE:.0e}")
 
 
 def figures(message: AnyMessage) -> dict[str, object]:
