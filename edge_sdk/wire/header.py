@@ -78,10 +78,9 @@ class Header:
         Raises:
             LocalProtocolError: a field is out of its range.
         """
-        fault = _fault(self)
-        if fault:
+        if fault := _fault(self):
             raise LocalProtocolError(f"cannot make this header: {fault}")
-        names = b"".join(_prefixed(getattr(self, name)) for name in _NAMES)
+        names = self._names(*_NAMES)
         times = (self.sequence, self.created_s, self.expires_s)
         numbers = _TIMES.pack(*times) + self._sizes()
         ids = self.sender_key + self.recipient_key + self.stream
@@ -89,9 +88,12 @@ class Header:
 
     def shared(self) -> bytes:
         """Return the bytes of the fields that all recipients of one encrypted body have alike."""
-        names = (self.tenant, self.sender, self.kind, self.task)
-        head = bytes([self.version]) + b"".join(map(_prefixed, names)) + self.sender_key
-        return head + self._sizes()
+        names = self._names("tenant", "sender", "kind", "task")
+        return bytes([self.version]) + names + self.sender_key + self._sizes()
+
+    def _names(self, *names: str) -> bytes:
+        texts = [getattr(self, name).encode("ascii") for name in names]
+        return b"".join(bytes([len(text)]) + text for text in texts)
 
     def _sizes(self) -> bytes:
         return _SIZES.pack(self.plaintext_bytes, self.chunk_bytes, self.chunks)
@@ -109,8 +111,7 @@ class Header:
             header = _parse(data)
         except (IndexError, struct.error, UnicodeDecodeError) as exc:
             raise RemoteProtocolError("the header is cut short or not a header") from exc
-        fault = _fault(header)
-        if fault:
+        if fault := _fault(header):
             raise RemoteProtocolError(f"the header is not acceptable: {fault}")
         return header
 
@@ -130,10 +131,6 @@ def plain_size(header: Header, index: int) -> int:
 def chunk_size(header: Header, index: int) -> int:
     """Return the encrypted size of chunk `index`, so that a wrong one is refused unread."""
     return plain_size(header, index) + TAG_BYTES
-
-
-def _prefixed(name: str) -> bytes:
-    return bytes([len(name)]) + name.encode("ascii")
 
 
 def _parse(data: bytes) -> Header:
