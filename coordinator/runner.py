@@ -152,6 +152,20 @@ class Runner:
             logger.exception("the program %s ended", run)
             self.failure = exc  # for the thread that waits
 
+    # --- beside the program -------------------------------------------------------------------
+
+    @property
+    def inbox(self) -> Inbox:
+        """Where replies wait, also those to what was posted."""
+        return self._inbox
+
+    def post(self, device: str, message: AnyMessage, *, run: str) -> AskRow:
+        """Send a task that belongs to no program; who posted it takes the reply from `inbox`.
+
+        `run` must be the name of no program; the reply's row carries it.
+        """
+        return self._send(device, message, run=run, step=0, state="open")
+
     # --- the program --------------------------------------------------------------------------
 
     def run(self, factory: ProgramFactory, *, run: str) -> None:
