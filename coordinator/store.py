@@ -247,13 +247,8 @@ class Store:
         Replies stay unread until the Commit that uses them, so the mailbox's own list, with all
         their bytes, would be read again with every arrival.
         """
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT id, sender, message FROM letters"
-                " WHERE message IS NOT NULL AND id > ? ORDER BY id",
-                (after,),
-            )
-            return [(number, sender, bytes(message)) for number, sender, message in rows]
+        unread = self.mailbox.unread(after=after)
+        return [(letter.id, letter.sender, letter.message) for letter in unread]
 
     def refuse(self, letter: int, device: str, kind: str, reason: str) -> None:
         """Mark a letter as read without using it, and record why."""

@@ -9,13 +9,14 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from edge_sdk.errors import LocalProtocolError, RemoteProtocolError, StorageError
-from edge_sdk.store.mailbox import Acceptance, Mailbox
+from edge_sdk.store.mailbox import Acceptance, Mailbox, OutboxRules, Slice
 from edge_sdk.wire.replay import WINDOW
 from edge_sdk.wire.seal import CHUNK_BYTES, Header
 
@@ -115,6 +116,94 @@ def test_no_more_is_pending_than_the_peers_window_holds(mailbox):
     assert mailbox.pending("a") == streams[WINDOW:]
 
 
+@pytest.mark.parametrize("size", [0, 10, 600_000, 1_500_000])
+def test_a_body_is_read_in_pieces_wherever_it_is_kept(mailbox, size):
+    message = random.Random(size).randbytes(size)
+    stream = mailbox.put("a", "File", "t", message)
+
+    body = mailbox.posted(stream).body
+
+    assert body.size == size
+    assert b"".join(body.pieces(65_536)) == message
+    assert body.piece(7, 9) == message[7:16]
+    mailbox.mark_done(stream)
+    assert mailbox.bodies.list() == []
+
+
+def test_a_slice_of_a_file_is_sent_without_a_copy(mailbox, tmp_path):
+    model = tmp_path / "model.bin"
+    data = random.Random(3).randbytes(3_000_000)
+    model.write_bytes(data)
+    before = mailbox.used_bytes()
+
+    stream = mailbox.put("a", "File", "t", b"head", Slice(model, 1_000_000, 1_500_000))
+
+    body = mailbox.posted(stream).body
+    assert body.read() == b"head" + data[1_000_000:2_500_000]
+    assert body.piece(2, 6) == b"ad" + data[1_000_000:1_000_004]
+    assert mailbox.used_bytes() - before < 100_000
+    assert body.there
+    model.write_bytes(b"short")
+    assert not body.there
+    with pytest.raises(StorageError):
+        body.read()
+    mailbox.mark_done(stream)
+    assert model.exists()
+
+
+def test_a_body_whose_message_was_undone_is_removed(mailbox):
+    def post_and_fail() -> None:
+        with mailbox.transaction():
+            mailbox.put("a", "File", "t", bytes(2_000_000))
+            raise RuntimeError("undone")
+
+    with pytest.raises(RuntimeError):
+        post_and_fail()
+
+    assert mailbox.bodies.list() == []
+    assert mailbox.bodies.used_bytes == 0
+
+
+def test_a_full_outbox_refuses_and_names_its_cap(tmp_path):
+    with Mailbox(tmp_path / "mail.db", outbox=OutboxRules(max_bytes=1_000_000)) as mailbox:
+        stream = mailbox.put("a", "Scores", "t-1", bytes(900_000))
+
+        with pytest.raises(StorageError, match="cap of 1000000"):
+            mailbox.put("a", "Scores", "t-2", b"x" * 200_000)
+
+        assert mailbox.pending() == [stream]
+        mailbox.mark_done(stream)
+        mailbox.put("a", "Scores", "t-2", b"x" * 200_000)
+
+
+def test_a_full_outbox_may_give_up_the_oldest_of_a_kind_and_says_so(tmp_path):
+    rules = OutboxRules(max_bytes=1_000_000, when_full="oldest")
+    with Mailbox(tmp_path / "mail.db", outbox=rules) as mailbox:
+        other = mailbox.put("a", "Refused", "t", bytes(300_000))
+        old = [mailbox.put("a", "Scores", f"t-{n}", bytes([n]) * 300_000) for n in range(2)]
+
+        new = mailbox.put("a", "Scores", "t-9", b"n" * 600_000)
+
+        assert mailbox.pending() == [other, new]
+        assert [item.stream for item in mailbox.parked()] == old
+        assert all("outbox was full" in item.parked for item in mailbox.parked())
+        assert mailbox.posted(old[0]).message == b""
+        with pytest.raises(StorageError, match="cap"):
+            mailbox.put("b", "Scores", "t", bytes(500_000))
+
+
+def test_what_waits_too_long_at_work_is_set_aside(tmp_path):
+    with Mailbox(tmp_path / "mail.db", outbox=OutboxRules(ttl_s=100.0)) as mailbox:
+        old = mailbox.put("a", "Scores", "t-1", b"old")
+        assert mailbox.wait_passes(60.0) == []
+        new = mailbox.put("a", "Scores", "t-2", b"new")
+
+        assert mailbox.wait_passes(60.0) == [old]
+
+        assert mailbox.pending() == [new]
+        assert "not confirmed within" in mailbox.posted(old).parked
+
+
 # --- inbox
 
 
@@ -212,29 +301,95 @@ def test_replays_are_refused_across_restarts(tmp_path):
 # --- half-received transfers
 
 
-def test_chunks_survive_a_restart_and_go_when_the_letter_is_accepted(tmp_path):
+def test_pieces_survive_a_restart_and_become_the_letter(tmp_path):
+    message = random.Random(1).randbytes(2_000_000)
     with Mailbox(tmp_path / "mail.db") as mailbox:
-        mailbox.keep_chunks(HEADER.stream, b"d", {0: b"zero", 3: b"three"})
-        mailbox.keep_chunks(HEADER.stream, b"d", {3: b"three", 4: b"four"})
+        partial = mailbox.partial(HEADER.stream, b"d" * 32, len(message))
+        assert partial.held_bytes == 0
+        partial.write(1_000_000, message[1_000_000:])
     with Mailbox(tmp_path / "mail.db") as mailbox:
-        assert mailbox.held(HEADER.stream, b"d") == {0, 3, 4}
-        assert mailbox.chunks(HEADER.stream, b"d") == {0: b"zero", 3: b"three", 4: b"four"}
-        assert mailbox.held(HEADER.stream, b"other") == frozenset()
+        partial = mailbox.partial(HEADER.stream, b"d" * 32, len(message))
+        assert partial.piece(1_000_000, 50) == message[1_000_000:1_000_050]
+        partial.write(0, message[:1_000_000])
 
-        mailbox.accept(HEADER, b"hello")
+        assert mailbox.accept(HEADER, partial) is Acceptance.NEW
 
-        assert mailbox.held(HEADER.stream, b"d") == frozenset()
+        [letter] = mailbox.unread()
+        assert letter.message == message
+        mailbox.mark_read(letter.id)
+        assert mailbox.bodies.list() == []
 
 
-def test_chunks_of_another_manifest_are_not_mixed(mailbox):
-    mailbox.keep_chunks(HEADER.stream, b"old", {0: b"zero", 1: b"one"})
+def test_a_small_message_from_a_file_becomes_a_row(mailbox):
+    partial = mailbox.partial(HEADER.stream, b"d" * 32, 5)
+    partial.write(0, b"hello")
 
-    mailbox.keep_chunks(HEADER.stream, b"new", {1: b"uno"})
+    mailbox.accept(HEADER, partial)
 
-    assert mailbox.held(HEADER.stream, b"old") == frozenset()
-    assert mailbox.chunks(HEADER.stream, b"new") == {1: b"uno"}
-    mailbox.drop_chunks(HEADER.stream)
-    assert mailbox.held(HEADER.stream, b"new") == frozenset()
+    assert [letter.message for letter in mailbox.unread()] == [b"hello"]
+    assert mailbox.bodies.list() == []
+
+
+def test_a_message_with_its_end_missing_is_not_accepted(mailbox):
+    partial = mailbox.partial(HEADER.stream, b"d" * 32, 10)
+    partial.write(0, b"hello")
+
+    with pytest.raises(StorageError, match="5 of 10"):
+        mailbox.accept(HEADER, partial)
+    assert mailbox.unread() == []
+
+
+def test_pieces_under_another_manifest_are_not_mixed(mailbox):
+    mailbox.partial(HEADER.stream, b"old" * 16, 100).write(0, b"zero")
+
+    fresh = mailbox.partial(HEADER.stream, b"new" * 16, 100)
+
+    assert fresh.held_bytes == 0
+    assert mailbox.bodies.list() == []
+    fresh.write(0, b"uno")
+    mailbox.drop_partial(HEADER.stream)
+    assert mailbox.bodies.list() == []
+
+
+def test_half_received_messages_are_bounded_and_the_oldest_goes(tmp_path):
+    with Mailbox(tmp_path / "mail.db", partial_bytes=1_000_000) as mailbox:
+        for number in range(5):
+            partial = mailbox.partial(number.to_bytes(16, "big"), b"d" * 32, 400_000)
+            partial.write(0, bytes(400_000))
+            os.utime(mailbox.bodies.folder / partial.name, (number, number))
+
+        held = [mailbox.partial(n.to_bytes(16, "big"), b"d" * 32, 0).held_bytes for n in range(5)]
+
+    assert held == [0, 0, 0, 400_000, 400_000]
+
+
+def test_what_nobody_continues_and_what_a_crash_left_is_removed(mailbox):
+    message = bytes(2_000_000)
+    stream = mailbox.put("a", "File", "t", message)
+    partial = mailbox.partial(HEADER.stream, b"d" * 32, len(message))
+    partial.write(0, message)
+    mailbox.accept(HEADER, partial)
+    mailbox.bodies.put("out-crashed", [b"x"])
+    mailbox.partial(b"n" * 16, b"d" * 32, 10).write(0, b"x")
+    now = time.time()
+
+    mailbox.tidy(now + 3_000)
+    assert len(mailbox.bodies.list()) == 4
+    mailbox.tidy(now + 2 * 3_600)
+    assert len(mailbox.bodies.list()) == 3
+    mailbox.tidy(now + 8 * 86_400)
+
+    assert len(mailbox.bodies.list()) == 2
+    assert mailbox.posted(stream).message == message
+    assert mailbox.unread()[0].message == message
+
+
+def test_unread_letters_after_one(mailbox):
+    for number in range(1, 4):
+        mailbox.accept(header(number), b"%d" % number)
+    first = mailbox.unread()[0].id
+
+    assert [letter.message for letter in mailbox.unread(after=first)] == [b"2", b"3"]
 
 
 # --- transactions
@@ -311,7 +466,7 @@ number = int(sys.argv[2])
 while True:
     number += 1
     stream = mailbox.put("coordinator", "Scores", f"t-{number}", b"%d" % number)
-    mailbox.keep_chunks(stream, b"d", {0: bytes(5000)})
+    mailbox.put("large", "Scores", f"t-{number}", b"%d" % number + bytes(600_000))
     mailbox.accept(header(number), b"%d" % number)
     print(number, stream.hex(), flush=True)
 """
@@ -345,7 +500,8 @@ def test_whatever_was_acknowledged_survives_kill_9(tmp_path):
         for number, stream in acknowledged.items():
             assert b"%d" % number in letters
             assert mailbox.posted(stream).message == b"%d" % number
-            assert mailbox.held(stream, b"d") == {0}
+        for stream in mailbox.pending("large"):
+            assert mailbox.posted(stream).message.endswith(bytes(600_000))
         with mailbox.transaction() as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert len(letters) == len(mailbox.unread())
@@ -400,7 +556,7 @@ def test_a_block_that_goes_on_after_a_full_disk_is_not_taken_for_done(mailbox):
         with mailbox.transaction():
             mailbox.put("a", "Score", "small", b"x")
             with contextlib.suppress(StorageError):
-                mailbox.put("a", "Score", "large", bytes(2_000_000))
+                mailbox.put("a", "Score", "large", bytes(500_000))
 
     try:
         post_both()
@@ -417,7 +573,7 @@ def test_the_stores_own_limit_is_reported_and_usable_again_once_freed(tmp_path):
         with pytest.raises(StorageError, match="limit of 500000"):
             mailbox.accept(HEADER, bytes(500_000))
         with pytest.raises(StorageError, match="limit"):
-            mailbox.keep_chunks(HEADER.stream, b"d", {0: bytes(500_000)})
+            mailbox.partial(HEADER.stream, b"d" * 32, 500_000)
         check_usable_when_freed(mailbox, streams)
 
 

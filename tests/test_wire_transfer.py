@@ -2,13 +2,22 @@
 
 import contextlib
 import random
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.errors import FleetError, LocalProtocolError, RemoteProtocolError, SealError
-from edge_sdk.wire.seal import CHUNK_BYTES, MAX_CHUNKS, Identity, read_manifest, seal, unseal
+from edge_sdk.errors import FleetError, RemoteProtocolError, SealError
+from edge_sdk.wire.seal import (
+    CHUNK_BYTES,
+    MAX_CHUNKS,
+    Identity,
+    Manifest,
+    Opener,
+    read_manifest,
+    seal,
+)
 from edge_sdk.wire.transfer import (
     MAX_FRAME_BYTES,
     Chunk,
@@ -20,6 +29,7 @@ from edge_sdk.wire.transfer import (
     Outgoing,
     Refusal,
     Reject,
+    Slow,
     Want,
     decode_frame,
     encode_frame,
@@ -76,19 +86,22 @@ class Receiver:
             manifest = believed(frame.manifest)
             if self.message is not None:
                 return [sign_done(STREAM, manifest.digest, COORDINATOR)]
-            self.incoming = self.incoming or Incoming(manifest, self.store, max_bytes=LIMIT)
+            self.incoming = self.incoming or incoming_of(manifest, self.store)
             return [self.incoming.want()]
         assert isinstance(frame, Chunk)
         if self.incoming is None:
             return []
         received = self.incoming.receive(frame)
-        self.store |= received.store
+        if received.piece is not None:
+            self.store[frame.index] = received.piece
         if not received.complete:
             return list(received.reply)
-        self.message = unseal(
-            self.incoming.manifest, self.incoming.assemble(self.store), COORDINATOR
-        )
+        self.message = b"".join(self.store[index] for index in range(len(self.store)))
         return [sign_done(STREAM, self.incoming.manifest.digest, COORDINATOR)]
+
+
+def incoming_of(manifest: Manifest, held: Iterable[int] = ()) -> Incoming:
+    return Incoming(manifest, Opener(manifest, COORDINATOR), held, max_bytes=LIMIT)
 
 
 def carry(frames: list[Frame]) -> list[Frame]:
@@ -200,6 +213,28 @@ def test_silence_halves_the_window():
     assert len(outgoing.receive(everything)) == 8
 
 
+def test_a_loss_halves_the_window_once_for_all_that_went_out_with_it():
+    outgoing = Outgoing(STREAM, envelope(bytes(200 * CHUNK_BYTES)), COORDINATOR.public)
+    outgoing.receive(Want(STREAM, frozenset(range(200))))  # 0 to 15
+
+    held = {0, 2, 4, 6, 7}
+    outgoing.receive(Have(STREAM, 7, frozenset(held)))  # 1, 3 and 5 were lost: 8 may be out
+    again = outgoing.receive(Have(STREAM, 15, frozenset(held | {10, 11, 12, 13, 15})))
+
+    # 8, 9 and 14 were lost in the same crowd: the window stays at 8
+    sent = [frame.index for frame in again]
+    assert sent == [1, 3, 5, 8, 9, 14, 16, 17]
+
+
+def test_slow_halves_the_window_and_sends_nothing():
+    outgoing = Outgoing(STREAM, envelope(bytes(40 * CHUNK_BYTES)), COORDINATOR.public)
+    everything = Want(STREAM, frozenset(range(40)))
+
+    assert outgoing.receive(Slow(STREAM, 5)) == []
+
+    assert len(outgoing.receive(everything)) == 8
+
+
 def test_only_the_recipient_can_end_a_transfer():
     sealed = envelope(b"x")
     outgoing = Outgoing(STREAM, sealed, COORDINATOR.public)
@@ -249,7 +284,7 @@ def test_frames_about_chunks_that_do_not_exist_or_other_streams_are_refused():
 
 def test_a_foreign_chunk_is_refused_and_changes_nothing():
     sealed = envelope(bytes(2 * CHUNK_BYTES))
-    incoming = Incoming(believed(sealed.manifest), max_bytes=LIMIT)
+    incoming = incoming_of(believed(sealed.manifest))
     good = sealed.chunks[0]
 
     for chunk in (
@@ -262,32 +297,20 @@ def test_a_foreign_chunk_is_refused_and_changes_nothing():
         with pytest.raises(RemoteProtocolError):
             incoming.receive(chunk)
     assert incoming.held_chunks == 0
-    with pytest.raises(LocalProtocolError):
-        incoming.assemble({})
 
 
 def test_a_message_over_the_ceiling_is_refused_by_its_manifest():
     sealed = envelope(bytes(CHUNK_BYTES + 1))
 
+    manifest = believed(sealed.manifest)
+    opener = Opener(manifest, COORDINATOR)
     with pytest.raises(RemoteProtocolError, match="over the limit"):
-        Incoming(believed(sealed.manifest), max_bytes=CHUNK_BYTES)
-
-
-def test_a_full_window_is_stored_even_if_nobody_asks():
-    sealed = envelope(bytes(20 * CHUNK_BYTES))
-    incoming = Incoming(believed(sealed.manifest), max_bytes=LIMIT)
-
-    stored = [
-        len(incoming.receive(Chunk(STREAM, index, False, sealed.chunks[index])).store)
-        for index in range(17)
-    ]
-
-    assert stored == [0] * 15 + [16, 0]
+        Incoming(manifest, opener, max_bytes=CHUNK_BYTES)
 
 
 def test_completion_is_reported_once():
     sealed = envelope(b"x")
-    incoming = Incoming(believed(sealed.manifest), max_bytes=LIMIT)
+    incoming = incoming_of(believed(sealed.manifest))
     chunk = Chunk(STREAM, 0, True, sealed.chunks[0])
 
     assert incoming.receive(chunk).complete
@@ -304,6 +327,7 @@ frames = st.one_of(
     st.builds(Chunk, stream, st.integers(0, MAX_CHUNKS - 1), st.booleans(), st.binary(max_size=99)),
     st.builds(Have, stream, st.integers(0, 2**32 - 1), indices),
     st.builds(Done, stream, signature),
+    st.builds(Slow, stream, st.integers(0, 2**16 - 1)),
     st.builds(Reject, stream, st.sampled_from(Refusal), st.text(max_size=100), signature),
 )
 

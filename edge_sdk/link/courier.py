@@ -14,7 +14,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from hashlib import sha256
-from time import monotonic
+from time import monotonic, time
 
 from edge_sdk.errors import (
     EnrolmentError,
@@ -23,6 +23,7 @@ from edge_sdk.errors import (
     LocalProtocolError,
     RemoteProtocolError,
 )
+from edge_sdk.link.arriving import Arriving
 from edge_sdk.link.base import Link
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver, Refused
@@ -45,6 +46,8 @@ _RESCAN_S = 15.0  # look into the outbox even if nobody said that something is t
 _INBOX_BYTES = 16 * 1024 * 1024
 _PACKET_BYTES = 9  # MQTT's fixed header, topic length, packet id and property length
 _TASK_BYTES = 128
+_FRAMES = 64  # handled before the messages they complete are accepted, together
+_TIDY_S = 600.0
 
 
 class Courier:
@@ -115,6 +118,7 @@ class Courier:
         self._closing = False
         self._worker: threading.Thread | None = None
         self._next_scan = 0.0
+        self._next_tidy = self._tidied_at = clock()
         ring = OneKey(identity) if isinstance(identity, Identity) else identity
         self._sender = Sender(
             mailbox=mailbox,
@@ -141,6 +145,7 @@ class Courier:
             me=me,
             lookup=lookup,
             now=now,
+            arriving=Arriving(mailbox, clock),
             publish=self._publish,
             arrived=self._new_mail,
             progress=self._progress,
@@ -290,20 +295,37 @@ class Courier:
     def step(self) -> None:
         """One turn of the worker: all that arrived, what is due, what is new. For tests."""
         while self._inbox:
-            with self._stir:
-                item = self._inbox.popleft()
-                self._inbox_bytes -= len(item[1]) if item else 0
-                self._stir.notify_all()
-            if item is None:
-                self._guarded("connecting", self._greet)
-            else:
-                self._handle(*item)
+            self._take(_FRAMES)
+            if self._receiver.ready:
+                self._guarded("accepting", self._receiver.commit)
+        self._guarded("accepting", self._receiver.commit)
+        self._guarded("confirming", self._sender.commit)
         with self._stir:
             stirred, self._stirred = self._stirred, False
         if stirred or self._clock() >= self._next_scan:
             self._next_scan = self._clock() + _RESCAN_S
             self._guarded("reading the outbox", self._sender.refill)
+        if self._clock() >= self._next_tidy:
+            self._guarded("tidying up", self._tidy)
         self._guarded("sending", self._sender.tick)
+
+    def _take(self, frames: int) -> None:
+        with self._stir:
+            taken = [self._inbox.popleft() for _ in range(min(frames, len(self._inbox)))]
+        for item in taken:
+            if item is None:
+                self._guarded("connecting", self._greet)
+            else:
+                self._handle(*item)
+        with self._stir:
+            self._inbox_bytes -= sum(len(item[1]) for item in taken if item)
+            self._stir.notify_all()
+
+    def _tidy(self) -> None:
+        late = self._clock() - self._tidied_at
+        self._tidied_at, self._next_tidy = self._clock(), self._clock() + _TIDY_S
+        self.mailbox.tidy(time())
+        self._sender.give_up(self.mailbox.wait_passes(late))
 
     def _work(self) -> None:
         while not self._closing:

@@ -10,10 +10,12 @@ The rules, in the order they are checked (PROTOCOL.md 1.3, 1.4, 5.4):
 3. the manifest is signed by that peer and addressed to us, under a key we have (WRONG_KEY lets
    the sender seal anew, with nothing lost, when either side has changed keys);
 4. a stream that was accepted before is answered with Done and nothing else;
-5. chunks are checked against the manifest as they come, and kept, so a transfer resumes;
-6. the whole message opens, decodes, and is what its header says;
-7. replay window, the application's hook and the letter are committed in one transaction;
-8. only then Done.
+5. it waits for its turn if too much is on its way already (arriving.py);
+6. chunks are checked against the manifest and opened as they come;
+7. the whole message decodes, and is what its header says;
+8. replay window, the application's hook and the letter are committed in one transaction, which
+   messages that became complete together share;
+9. only then Done.
 """
 
 import logging
@@ -21,11 +23,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError
+from edge_sdk.errors import EnrolmentError, RemoteProtocolError, SealError, StorageError
+from edge_sdk.link.arriving import TURN_WAIT_S, Arriving, Transfer
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.sending import Progress
 from edge_sdk.store.keyring import Keyring, OneKey
-from edge_sdk.store.mailbox import Acceptance, Mailbox
+from edge_sdk.store.mailbox import Acceptance, Mailbox, Partial
 from edge_sdk.wire.messages import MAX_MESSAGE_BYTES, AnyMessage, Enrol, decode
 from edge_sdk.wire.seal import (
     CHUNK_BYTES,
@@ -36,14 +39,13 @@ from edge_sdk.wire.seal import (
     manifest_digest,
     peek_header,
     read_manifest,
-    unseal,
 )
 from edge_sdk.wire.transfer import (
     Chunk,
     Frame,
-    Incoming,
     Offer,
     Refusal,
+    Slow,
     encode_frame,
     sign_done,
     sign_reject,
@@ -55,7 +57,6 @@ MAX_ENROL_BYTES = 32 * 1024
 """An Enrol comes from somebody we do not know; it is small, and nothing larger is kept for it."""
 OTHER_BYTES = 64 * 1024
 """Most bytes of a kind that `limits` does not name."""
-_STREAMS_PER_PEER = 8  # half-received messages in memory; the oldest is dropped, and resumes later
 _REMEMBERED_REJECTS = 1024
 _OTHER_KEY = "signed with another key than the one known of this sender; sign it again"
 _RETIRED = "sealed for a key that is not in use here any more; seal it again"
@@ -72,11 +73,11 @@ Refused = Callable[[Header, Refusal, str], None]
 _FAULTS = (Refusal.TOO_LARGE, Refusal.UNREADABLE, Refusal.NOT_UNDERSTOOD)
 
 
-@dataclass(slots=True)
-class _Transfer:
-    incoming: Incoming
-    manifest: Manifest
-    public: PublicIdentity
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    transfer: Transfer
+    refusal: Refusal | None
+    reason: str
 
 
 @dataclass(slots=True)
@@ -89,16 +90,17 @@ class Receiver:
     me: str
     lookup: Callable[[str], PublicIdentity | None]
     now: Callable[[], float]
+    arriving: Arriving
     publish: Callable[[str, str, bytes], bool]
     arrived: Callable[[], None]
-    """Called after a letter was committed."""
+    """Called after letters were committed."""
     progress: Callable[[Progress], None]
     accept: Accept | None
     admit: Admit | None
     refused: Refused | None = None
     limits: Mapping[str, int] | None = None
     """Most bytes of a message by kind; a kind not named has OTHER_BYTES. None: no kind differs."""
-    _transfers: OrderedDict[tuple[str, bytes], _Transfer] = field(default_factory=OrderedDict)
+    _ready: list[Transfer] = field(default_factory=list)
     _rejects: OrderedDict[bytes, bytes] = field(default_factory=OrderedDict)
 
     @property
@@ -145,37 +147,54 @@ class Receiver:
         return header.kind
 
     def chunk(self, peer: str, chunk: Chunk) -> str:
-        """Keep one chunk; accept the message when it was the last one missing. Return its kind.
+        """Keep one chunk; the message it completes waits for `commit`. Return its kind.
 
         Raises:
             RemoteProtocolError: not a chunk of the offered message.
             StorageError: no room; nothing was confirmed, the peer will offer again.
         """
-        transfer = self._transfers.get((peer, chunk.stream))
-        if transfer is None:
-            return (
-                "repeated"  # or we were restarted, or it is complete; the next Offer sorts it out
-            )
+        transfer = self.arriving.find(peer, chunk.stream)
+        if transfer is None or transfer.incoming.complete:
+            return "repeated"  # or we were restarted; the next Offer sorts it out
         header = transfer.manifest.header
         received = transfer.incoming.receive(chunk)
-        if received.store:
-            try:
-                self.mailbox.keep_chunks(chunk.stream, transfer.manifest.digest, received.store)
-            except Exception:
-                del self._transfers[peer, chunk.stream]  # it believes they are kept
-                raise
+        if received.piece is not None:
+            self.arriving.keep(transfer, chunk.index, received.piece)
             held = transfer.incoming.held_chunks
-            self._report(header, min(header.plaintext_bytes, held * CHUNK_BYTES))
+            if not received.complete:
+                self._report(header, min(header.plaintext_bytes, held * CHUNK_BYTES))
         for frame in received.reply:
             self._answer(peer, header.kind, frame)
         if received.complete:
-            self._finish(peer, transfer)
+            self._ready.append(transfer)
         return header.kind
+
+    @property
+    def ready(self) -> int:
+        """How many messages are complete and wait for `commit`."""
+        return len(self._ready)
+
+    def commit(self) -> None:
+        """Accept what is complete, all in one transaction, and answer it; give others their turn.
+
+        Raises:
+            StorageError: nothing was accepted; the peers will offer again and lose nothing.
+        """
+        ready, self._ready = self._ready, []
+        if ready:
+            with self.mailbox.transaction():
+                verdicts = [verdict for one in ready for verdict in self._judge(one)]
+            for verdict in verdicts:
+                self._conclude(verdict)
+            if any(verdict.refusal is None for verdict in verdicts):
+                self.arrived()
+        for transfer in self.arriving.turns():
+            self._answer(transfer.peer, transfer.kind, transfer.incoming.want())
 
     def forget(self, peer: str) -> None:
         """Drop what is half received from `peer` and every remembered refusal; it resumes later."""
-        for key in [key for key in self._transfers if key[0] == peer]:
-            del self._transfers[key]
+        self.arriving.forget(peer)
+        self._ready = [transfer for transfer in self._ready if transfer.peer != peer]
         self._rejects.clear()
 
     # --- steps ------------------------------------------------------------------------------
@@ -205,78 +224,81 @@ class Receiver:
             self._fault(header, Refusal.TOO_LARGE, reason)
             self._reject(peer, header, manifest.digest, Refusal.TOO_LARGE, reason)
             return
-        key = (peer, header.stream)
-        transfer = self._transfers.get(key)
-        if transfer is None or transfer.manifest.digest != manifest.digest:
-            held = self.mailbox.held(header.stream, manifest.digest)
-            incoming = Incoming(manifest, held, max_bytes=limit)
-            transfer = _Transfer(incoming, manifest, public)
-            self._make_room(peer)
-            self._transfers[key] = transfer
-        if transfer.incoming.complete:
-            self._finish(peer, transfer)
-        else:
-            self._answer(peer, header.kind, transfer.incoming.want())
-
-    def _make_room(self, peer: str) -> None:
-        mine = [key for key in self._transfers if key[0] == peer]
-        if len(mine) >= _STREAMS_PER_PEER:
-            del self._transfers[mine[0]]
-
-    def _finish(self, peer: str, transfer: _Transfer) -> None:
-        manifest, header = transfer.manifest, transfer.manifest.header
-        refusal, reason = self._commit(peer, transfer)
-        self._transfers.pop((peer, header.stream), None)
-        if refusal is not None:
-            self.mailbox.drop_chunks(header.stream)
-            self._fault(header, refusal, reason)
-            self._reject(peer, header, manifest.digest, refusal, reason)
+        opener = self.ring.opener(header.recipient_key, header.suite)
+        assert opener is not None, "asked above, on the same thread"
+        try:
+            transfer = self.arriving.expect(peer, manifest, public, opener, max_bytes=limit)
+        except SealError as exc:
+            self._reject(peer, header, manifest.digest, Refusal.UNREADABLE, str(exc))
             return
-        self._report(header, header.plaintext_bytes)
-        self._answer(peer, header.kind, sign_done(header.stream, manifest.digest, self.identity))
-        self.arrived()
+        if transfer is None:
+            self._answer(peer, header.kind, Slow(header.stream, TURN_WAIT_S))
+        elif not transfer.incoming.complete:
+            self._answer(peer, header.kind, transfer.incoming.want())
+        elif transfer not in self._ready:
+            self._ready.append(transfer)
 
-    def _commit(self, peer: str, transfer: _Transfer) -> tuple[Refusal | None, str]:
-        manifest, header = transfer.manifest, transfer.manifest.header
+    # --- the end of a transfer ----------------------------------------------------------------
+
+    def _judge(self, transfer: Transfer) -> list[_Verdict]:
+        """Accept one message or say why not, within the transaction; nothing if it must wait."""
+        try:
+            with self.mailbox.transaction():
+                refusal, reason = self._take_in(transfer)
+        except StorageError as exc:
+            logger.warning("a message of %s waits: %s", transfer.peer[:12], exc)
+            return []
+        except RemoteProtocolError as exc:
+            refusal, reason = Refusal.REPEATED, str(exc)
+        except EnrolmentError as exc:
+            refusal, reason = Refusal.ENROLMENT, str(exc)
+        except Exception:  # of the application's hook; the others of this transaction go on
+            logger.exception("accepting a message of %s failed unexpectedly", transfer.peer[:12])
+            return []
+        return [_Verdict(transfer, refusal, reason)]
+
+    def _take_in(self, transfer: Transfer) -> tuple[Refusal | None, str]:
+        header = transfer.manifest.header
         if header.kind != "Enrol":
-            known = self.lookup(peer)
+            known = self.lookup(transfer.peer)
             if known is None:
                 return Refusal.UNKNOWN_SENDER, "this sender was revoked"
             if known.sign != transfer.public.sign:
                 return Refusal.UNKNOWN_SENDER, _OTHER_KEY
-        opener = self.ring.opener(header.recipient_key, header.suite)
-        if opener is None:
+        if self.ring.opener(header.recipient_key, header.suite) is None:
             return Refusal.WRONG_KEY, _RETIRED  # its time ended while the chunks came
-        stored = self.mailbox.chunks(header.stream, manifest.digest)
+        body = transfer.body()
         try:
-            plaintext = unseal(manifest, transfer.incoming.assemble(stored), opener)
-        except SealError as exc:
-            return Refusal.UNREADABLE, str(exc)
-        try:
-            message = decode(plaintext)
+            message = decode(body.read() if isinstance(body, Partial) else body)
             _check_kind(message, header, transfer.public)
         except RemoteProtocolError as exc:
             return Refusal.NOT_UNDERSTOOD, str(exc)
-        try:
-            self._store(header, message, plaintext, transfer.public)
-        except EnrolmentError as exc:
-            return Refusal.ENROLMENT, str(exc)
-        except RemoteProtocolError as exc:
-            return Refusal.REPEATED, str(exc)
+        self._store(header, message, body, transfer.public)
         return None, ""
 
+    def _conclude(self, verdict: _Verdict) -> None:
+        transfer, header = verdict.transfer, verdict.transfer.manifest.header
+        self.arriving.end(transfer)
+        digest = transfer.manifest.digest
+        if verdict.refusal is not None:
+            self.mailbox.drop_partial(header.stream)
+            self._reject(transfer.peer, header, digest, verdict.refusal, verdict.reason)
+            return
+        self._report(header, header.plaintext_bytes)
+        done = sign_done(header.stream, digest, self.identity)
+        self._answer(transfer.peer, header.kind, done)
+
     def _store(
-        self, header: Header, message: AnyMessage, plaintext: bytes, public: PublicIdentity
+        self, header: Header, message: AnyMessage, body: bytes | Partial, public: PublicIdentity
     ) -> None:
-        with self.mailbox.transaction():
-            if self.mailbox.accept(header, plaintext) is not Acceptance.NEW:
-                return
-            if isinstance(message, Enrol):
-                if self.admit is None:
-                    raise EnrolmentError("only a coordinator enrols devices")
-                self.admit(message, public)
-            if self.accept is not None:
-                self.accept(header, message)
+        if self.mailbox.accept(header, body) is not Acceptance.NEW:
+            return
+        if isinstance(message, Enrol):
+            if self.admit is None:
+                raise EnrolmentError("only a coordinator enrols devices")
+            self.admit(message, public)
+        if self.accept is not None:
+            self.accept(header, message)
 
     def _limit(self, kind: str) -> int:
         if kind == "Enrol":

@@ -4,7 +4,8 @@ Knows the outbox, patience and how many transfers run at once. Does not know top
 brokers: it is driven by the courier's worker with frames and ticks, and publishes through it.
 
 Nothing here has to survive: the outbox remembers each message and how it was sealed, the receiver
-remembers which chunks it has, and an Offer asks for the rest.
+remembers which chunks it has, and an Offer asks for the rest. No whole message is held in memory:
+each chunk is read and sealed when it is sent (sealed.py).
 """
 
 import logging
@@ -13,8 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edge_sdk.errors import SealError
+from edge_sdk.errors import SealError, StorageError
 from edge_sdk.link.base import Link
+from edge_sdk.link.sealed import Changed, SealedBody, Shelf
 from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Mailbox, Posted
@@ -22,20 +24,17 @@ from edge_sdk.wire.seal import (
     CHUNK_BYTES,
     Identity,
     PublicIdentity,
-    Sealed,
+    Sealer,
     peek_header,
-    reseal,
-    seal,
 )
 from edge_sdk.wire.transfer import (
-    Done,
+    Answer,
     Frame,
-    Have,
     Offer,
     Outgoing,
     Refusal,
     Reject,
-    Want,
+    Slow,
     encode_frame,
 )
 
@@ -43,10 +42,11 @@ logger = logging.getLogger(__name__)
 
 STREAMS_PER_PEER = 4
 """Transfers to one peer at a time; more would only share the same link."""
-LOADED_BYTES = 256 * 1024 * 1024
-"""Messages held in memory at once; those beyond are loaded when their receiver asks for chunks."""
 LONGEST_WAIT_S = 300.0
-_IDLE_RESENDS = 2  # after so many unanswered resends a stream's chunks leave the memory
+LONGEST_SLOW_S = 60
+"""A Slow is not signed: whoever forges one delays a message by no more than this."""
+_BATCH = 64  # messages begun in one transaction
+_BATCH_BYTES = 8 * 1024 * 1024  # or so many bytes, since sealing keeps others from the mailbox
 _KNOCK_PAUSE_S = 1.0  # a peer that keeps knocking does not make us resend more often than this
 
 
@@ -101,8 +101,13 @@ class Sender:
     ledger: Ledger | None = None
     """On a device: where it is noted what leaves, before it does."""
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
+    _finished: dict[bytes, _Stream] = field(default_factory=dict)
+    _shelf: Shelf = field(init=False)
     _peers: dict[bytes, str] = field(default_factory=dict)
     _gone: deque[str] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._shelf = Shelf(self.mailbox)
 
     @property
     def identity(self) -> Identity:
@@ -127,9 +132,23 @@ class Sender:
         busy: dict[str, int] = {}
         for current in self._streams.values():
             busy[current.to] = busy.get(current.to, 0) + 1
-        for stream in pending:
+        while pending:
+            with self.mailbox.transaction():  # what was sealed how is kept before anything leaves
+                begun = self._begin_some(pending, busy)
+            for current in begun:
+                assert current.outgoing is not None
+                self._streams[current.stream] = current
+                self._send(current, current.outgoing.start())
+
+    def _begin_some(self, pending: list[bytes], busy: dict[str, int]) -> list[_Stream]:
+        begun: list[_Stream] = []
+        size = 0
+        while pending and len(begun) < _BATCH and size < _BATCH_BYTES:
+            stream = pending.pop(0)
             known = self._peers.get(stream)
-            if stream in self._streams or busy.get(known or "", 0) >= STREAMS_PER_PEER:
+            if stream in self._streams or stream in self._finished:
+                continue
+            if busy.get(known or "", 0) >= STREAMS_PER_PEER:
                 continue
             item = self.mailbox.posted(stream)
             if item is None:
@@ -138,10 +157,14 @@ class Sender:
             peer = self.lookup(item.to)
             if peer is None or busy.get(item.to, 0) >= STREAMS_PER_PEER:
                 continue  # a peer whose keys we do not know yet; asked again at the next refill
-            busy[item.to] = busy.get(item.to, 0) + 1
-            self._begin(item, peer)
+            current = self._begin(item, peer)
+            if current is not None:
+                busy[item.to] = busy.get(item.to, 0) + 1
+                size += current.size
+                begun.append(current)
+        return begun
 
-    def take(self, peer: str, frame: Want | Have | Done | Reject) -> str:
+    def take(self, peer: str, frame: Answer) -> str:
         """Handle one answer of `peer` and return the kind of message it is about.
 
         An answer to nothing that is on its way (a late repetition) is ignored.
@@ -155,18 +178,48 @@ class Sender:
         outgoing = current.outgoing or self._load(current)
         if outgoing is None:
             return current.kind
-        frames = outgoing.receive(frame)
+        try:
+            frames = outgoing.receive(frame)
+        except Changed as exc:
+            self._park(current, str(exc))
+            return current.kind
         if outgoing.done:
-            with self.mailbox.transaction():
-                self.mailbox.mark_done(current.stream)
-                self._note_end(current)
-            self._report(current, current.size)
-            self._settle(current)
+            self._finished[current.stream] = current
+            self._end(current)
         elif outgoing.rejected is not None:
             self._rejected(current, outgoing.rejected)
+        elif isinstance(frame, Slow):
+            self._hold(current, frame.wait_s)
         else:
             self._advance(current, outgoing, frames)
         return current.kind
+
+    def commit(self) -> None:
+        """Forget what the receivers confirmed, all in one transaction.
+
+        A crash before this costs an Offer that is answered with the same Done.
+
+        Raises:
+            StorageError: the disk refuses; tried again at the next turn.
+        """
+        if not self._finished:
+            return
+        with self.mailbox.transaction():
+            for current in self._finished.values():
+                self.mailbox.mark_done(current.stream)
+                self._note_end(current)
+        finished, self._finished = self._finished, {}
+        for current in finished.values():
+            self._report(current, current.size)
+            self._settle(current)
+
+    def give_up(self, streams: list[bytes]) -> None:
+        """Stop sending what the outbox has given up."""
+        for stream in streams:
+            current = self._streams.get(stream)
+            if current is not None:
+                self._end(current)
+            self.settled(stream)
 
     def tick(self) -> None:
         """Offer again what has been silent for too long."""
@@ -189,43 +242,51 @@ class Sender:
                 current.wait_s, current.due = self.patience_s, now
 
     def next_due(self) -> float | None:
-        """When `tick` has something to do, on the courier's clock."""
+        """When `tick` or `commit` has something to do, on the courier's clock."""
+        if self._finished:
+            return self.clock() + self.patience_s
         return min((s.due for s in self._streams.values()), default=None)
 
     # --- one stream -------------------------------------------------------------------------
 
-    def _begin(self, item: Posted, peer: PublicIdentity) -> None:
-        sealed = self._sealed(item, peer)
-        if self.ledger is not None:
-            self.ledger.begin(item, sealed.manifest)
+    def _begin(self, item: Posted, peer: PublicIdentity) -> _Stream | None:
+        if not item.body.there:
+            reason = "a file that was to be sent is gone or shorter; publish it again"
+            self.mailbox.park(item.stream, reason)
+            self.settled(item.stream)
+            return None
         now = self.clock()
         current = _Stream(
             stream=item.stream,
             to=item.to,
             kind=item.kind,
-            size=len(item.message),
-            manifest=sealed.manifest,
-            outgoing=self._outgoing(item.stream, item.kind, sealed, peer),
+            size=item.body.size,
+            manifest=b"",
+            outgoing=None,
             sent_at=now,
             due=now + self._jittered(self.patience_s),
             wait_s=self.patience_s,
         )
-        self._streams[item.stream] = current
-        assert current.outgoing is not None
-        frames = current.outgoing.start()
-        if sum(s.size for s in self._streams.values() if s.outgoing) > LOADED_BYTES:
-            current.outgoing = None
-        self._send(current, frames)
+        self._seal(current, item, peer)
+        return current
 
-    def _sealed(self, item: Posted, peer: PublicIdentity) -> Sealed:
-        if item.manifest and not self._outdated(item.manifest, peer):
-            try:
-                return reseal(item.message, item.manifest, item.file_key)
-            except SealError:
-                logger.warning("a kept seal does not fit its message; sealing it anew")
+    def _seal(self, current: _Stream, item: Posted, peer: PublicIdentity) -> Outgoing:
+        """Seal the message, or take up the seal it has; note what will leave."""
+        manifest, file_key = item.manifest, item.file_key
+        if not manifest or self._outdated(manifest, peer):
+            manifest, file_key = self._sealed(item, peer)
+        if self.ledger is not None:
+            self.ledger.begin(item, manifest)
+        current.manifest = manifest
+        body = SealedBody(manifest, Sealer.again(manifest, file_key), self._shelf, item)
+        keys, window = self._keys(current.kind), self.window_bytes
+        current.outgoing = Outgoing(item.stream, body, peer, keys=keys, window_bytes=window)
+        return current.outgoing
+
+    def _sealed(self, item: Posted, peer: PublicIdentity) -> tuple[bytes, bytes]:
         now_s = int(self.now())
-        sealed = seal(
-            item.message,
+        sealer = Sealer.begin(
+            item.body.size,
             tenant=self.tenant,
             sender_id=self.me,
             recipient_id=item.to,
@@ -235,20 +296,19 @@ class Sender:
             sequence=item.sequence,
             created_s=now_s,
             expires_s=now_s + int(self.lifetime_s),
-            sender=self.identity,
+            sender=self.identity.public,
             recipient=peer,
         )
-        self.mailbox.keep_seal(item.stream, sealed.manifest, sealed.file_key)
-        return sealed
+        for index, piece in enumerate(item.body.pieces(CHUNK_BYTES)):
+            sealer.chunk(index, piece)
+        manifest = sealer.manifest(self.identity)
+        self.mailbox.keep_seal(item.stream, manifest, sealer.file_key)
+        return manifest, sealer.file_key
 
     def _outdated(self, manifest: bytes, peer: PublicIdentity) -> bool:
         header = peek_header(manifest)
         keys = (header.recipient_key, header.sender_key)
         return keys != (peer.receive_id, self.identity.public.sign_id)
-
-    def _outgoing(self, stream: bytes, kind: str, sealed: Sealed, peer: PublicIdentity) -> Outgoing:
-        keys = self._keys(kind)
-        return Outgoing(stream, sealed, peer, keys=keys, window_bytes=self.window_bytes)
 
     def _keys(self, kind: str) -> bytes:
         return self.identity.public.to_bytes() if kind == "Enrol" else b""
@@ -259,13 +319,19 @@ class Sender:
         if item is None or peer is None:
             self._end(current)
             return None
-        sealed = self._sealed(item, peer)
-        if self.ledger is not None:
-            self.ledger.begin(item, sealed.manifest)
-        current.manifest = sealed.manifest
-        current.outgoing = self._outgoing(current.stream, current.kind, sealed, peer)
-        current.outgoing.start()
-        return current.outgoing
+        try:
+            with self.mailbox.transaction():
+                return self._seal(current, item, peer)
+        except (SealError, StorageError) as exc:
+            if not isinstance(exc, SealError) and item.body.there:
+                raise  # the disk; tried again
+            self._park(current, f"its file changed while it waited ({exc}); publish it again")
+            return None
+
+    def _hold(self, current: _Stream, wait_s: int) -> None:
+        current.quiet = 0
+        wait = min(max(wait_s, self.patience_s), LONGEST_SLOW_S)
+        current.due = self.clock() + self._jittered(wait)
 
     def _advance(self, current: _Stream, outgoing: Outgoing, frames: list[Frame]) -> None:
         if outgoing.acknowledged_chunks > current.acknowledged:
@@ -288,13 +354,13 @@ class Sender:
             return
         if self._outdated(current.manifest, peer):
             self._load(current)  # the peer or we have new keys: seal with those
-        if current.outgoing is not None and current.quiet <= _IDLE_RESENDS:
-            frames = current.outgoing.resend()
+        if current.stream not in self._streams:
+            return  # parked by `_load`
+        if current.outgoing is not None:
+            self._send(current, current.outgoing.resend())
         else:
-            current.outgoing = None
             keys = self._keys(current.kind)
-            frames = [Offer(current.stream, current.manifest, keys)]
-        self._send(current, frames)
+            self._send(current, [Offer(current.stream, current.manifest, keys)])
 
     def _send(self, current: _Stream, frames: list[Frame]) -> None:
         for frame in frames:
@@ -346,6 +412,7 @@ class Sender:
 
     def _end(self, current: _Stream) -> None:
         self._streams.pop(current.stream, None)
+        self._shelf.drop(current.stream)
 
     def _report(self, current: _Stream, done_bytes: int) -> None:
         self.progress(

@@ -4,15 +4,18 @@ Knows how to open the file safely, how transactions nest and how a full disk is 
 know any table.
 """
 
+import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from edge_sdk.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 BUSY_MS = 10_000
 """How long to wait for another process that reads the file, such as `symbiont status`."""
@@ -37,6 +40,8 @@ class Database:
         self.max_bytes = max_bytes
         self._lock = threading.RLock()
         self._depth = 0
+        self._afterwards: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = []
         given = isinstance(path, sqlite3.Connection)
         with self._named_errors("the store" if given else path):
             self._db = path if isinstance(path, sqlite3.Connection) else _open(Path(path))
@@ -77,6 +82,7 @@ class Database:
             depth = self._depth
             self._db.execute("BEGIN IMMEDIATE" if depth == 0 else f"SAVEPOINT level_{depth}")
             self._depth += 1
+            promised = len(self._afterwards), len(self._undo)
             try:
                 yield self._db
                 if not self._db.in_transaction:  # SQLite undid it all, and the block went on
@@ -90,9 +96,27 @@ class Database:
                     else:
                         self._db.execute(f"ROLLBACK TO level_{depth}")
                         self._db.execute(f"RELEASE level_{depth}")
+                del self._afterwards[promised[0] :]
+                undo, self._undo[promised[1] :] = self._undo[promised[1] :], []
+                _run(undo)
                 raise
             finally:
                 self._depth -= 1
+            if depth == 0:
+                actions, self._afterwards, self._undo = self._afterwards, [], []
+                _run(actions)
+
+    def afterwards(
+        self, action: Callable[[], None], *, undo: Callable[[], None] | None = None
+    ) -> None:
+        """Within a transaction: do `action` once the outermost block is durable.
+
+        `undo` is done instead if this block, or one around it, is undone. Neither may fail in a
+        way that matters: a crash can come between the commit and the action.
+        """
+        self._afterwards.append(action)
+        if undo is not None:
+            self._undo.append(undo)
 
     def used_bytes(self) -> int:
         """Return how much of the file is in use, without what deleted rows left free."""
@@ -124,6 +148,14 @@ class Database:
             if isinstance(exc, sqlite3.IntegrityError | sqlite3.ProgrammingError):
                 raise  # the caller's own mistake, not the disk's
             raise StorageError(f"{path}: {exc}; {_next_step(exc)}") from exc
+
+
+def _run(actions: list[Callable[[], None]]) -> None:
+    for action in actions:
+        try:
+            action()
+        except OSError:
+            logger.exception("tidying up after a transaction failed; the store itself is sound")
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from edge_sdk.errors import StorageError
-from edge_sdk.store.mailbox import Mailbox, Posted
+from edge_sdk.store.mailbox import Body, Mailbox, Posted
 from edge_sdk.wire.messages import AnyMessage, decode
 from edge_sdk.wire.seal import Header, peek_header
 
@@ -216,7 +216,7 @@ class Ledger:
                 "task": item.task,
                 "recipient": item.to,
                 "key_id": current.key_id,
-                "plain_bytes": len(item.message),
+                "plain_bytes": item.body.size,
                 "wire_bytes": current.wire_bytes,
                 "fields": fields,
                 "note": note,
@@ -255,7 +255,7 @@ class Ledger:
         with self.mailbox.transaction() as db:
             db.execute("DELETE FROM ledger WHERE line <= ?", (old[-1]["line"],))
             self._keep_head(number, last, past, anchor)
-            nothing = Posted(b"", "", "", "", 0, b"", b"", b"", "")
+            nothing = Posted(b"", "", "", "", 0, b"", b"", "", Body(b"", 0))
             self._append(SUMMED, _Open(nothing, ""), note=_digest(past, anchor))
 
     def _lines(self) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """Letters that survive a power cut: the outbox, the inbox and half-received transfers.
 
-Knows one SQLite file, sequence numbers and which messages were already accepted. Does not know
-encryption, topics or what a message means.
+Knows one SQLite file, the body files beside it and which messages were already accepted. Does not
+know encryption, topics or what a message means; `outbox.py` holds the outgoing half.
 
 Both sides use it. The coordinator keeps its own tables in the same file and joins them to one
 transaction with `transaction()`, so "accepted and counted" is one step. Three rules hold:
 
-- an item leaves the outbox only by `mark_done`, after the peer's signed Done;
+- an item leaves the outbox only by `mark_done`, after the peer's signed Done, or by a stated rule;
 - `accept` is durable before it returns, so a Done sent after it is never a lie;
 - a message is accepted once: by its stream (a repeat is answered, not stored), by its sequence
   number (a window of 64 behind the highest, per sender and key), and by the unique (tenant, sender,
@@ -14,42 +14,48 @@ transaction with `transaction()`, so "accepted and counted" is one step. Three r
   their own, such as `offer-3.0`, `offer-3.1` for the files of an offer.
 """
 
-import hashlib
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
-from edge_sdk.store.database import Database
+from edge_sdk.errors import RemoteProtocolError, StorageError
+from edge_sdk.store.bodies import Bodies
+from edge_sdk.store.outbox import INLINE_BYTES, Body, Outbox, OutboxRules, Posted, Slice
+from edge_sdk.wire.header import Header
 from edge_sdk.wire.replay import WINDOW, take
-from edge_sdk.wire.seal import Header, new_stream
+
+__all__ = [
+    "INLINE_BYTES",
+    "MAX_STORE_BYTES",
+    "WINDOW",
+    "Acceptance",
+    "Body",
+    "Letter",
+    "Mailbox",
+    "OutboxRules",
+    "Partial",
+    "Posted",
+    "Slice",
+]
 
 MAX_STORE_BYTES = 4 * 1024**3
 """Default size at which a store takes no more letters; eight of the largest messages."""
+PARTIAL_TTL_S = 7 * 24 * 3600.0
+"""How long a half-received message is kept after its last piece; then its sender starts anew."""
+PARTIAL_BYTES = 1024**3
+"""How much half-received messages may take; beyond it the one that moved longest ago goes."""
+ORPHAN_S = 3600.0
+"""A body file that no row names after so long was left by a crash, not about to be committed."""
 
 _TABLES = """
-CREATE TABLE IF NOT EXISTS bodies (
-    hash BLOB PRIMARY KEY, message BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS outbox (
-    stream BLOB PRIMARY KEY, peer TEXT NOT NULL, kind TEXT NOT NULL, task TEXT NOT NULL,
-    sequence INTEGER NOT NULL, body BLOB NOT NULL REFERENCES bodies (hash),
-    manifest BLOB NOT NULL DEFAULT x'', file_key BLOB NOT NULL DEFAULT x'',
-    parked TEXT NOT NULL DEFAULT '', UNIQUE (peer, sequence));
-CREATE INDEX IF NOT EXISTS outbox_body ON outbox (body);
-CREATE TABLE IF NOT EXISTS sequences (
-    peer TEXT PRIMARY KEY, last INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS partial (
-    stream BLOB NOT NULL, position INTEGER NOT NULL, digest BLOB NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (stream, position));
 CREATE TABLE IF NOT EXISTS windows (
     tenant TEXT NOT NULL, sender TEXT NOT NULL, sender_key BLOB NOT NULL,
     highest INTEGER NOT NULL, seen BLOB NOT NULL, PRIMARY KEY (tenant, sender, sender_key));
 CREATE TABLE IF NOT EXISTS letters (
     id INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, sender TEXT NOT NULL,
     sender_key BLOB NOT NULL, stream BLOB NOT NULL, task TEXT NOT NULL, kind TEXT NOT NULL,
-    header BLOB NOT NULL, message BLOB,
+    header BLOB NOT NULL, message BLOB, file TEXT NOT NULL DEFAULT '',
     UNIQUE (tenant, sender, task, kind), UNIQUE (tenant, sender, sender_key, stream));
 CREATE INDEX IF NOT EXISTS letters_unread ON letters (id) WHERE message IS NOT NULL;
 """
@@ -63,24 +69,6 @@ class Acceptance(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Posted:
-    """A message in the outbox. `manifest` and `file_key` are empty until `keep_seal`.
-
-    `parked` says in one sentence why it will not be sent; it is empty while it waits.
-    """
-
-    stream: bytes
-    to: str
-    kind: str
-    task: str
-    sequence: int
-    message: bytes
-    manifest: bytes
-    file_key: bytes
-    parked: str
-
-
-@dataclass(frozen=True, slots=True)
 class Letter:
     """A message that was accepted; `message` are the bytes for `messages.decode`."""
 
@@ -88,12 +76,59 @@ class Letter:
     sender: str
     kind: str
     task: str
-    message: bytes
+    body: Body
     header: Header
 
+    @property
+    def message(self) -> bytes:
+        """All the bytes.
 
-class Mailbox(Database):
-    """A durable mailbox in one SQLite file, safe to share by threads.
+        Raises:
+            StorageError: they cannot be read.
+        """
+        return self.body.read()
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A message that is being received into a file; nothing is promised before it is accepted."""
+
+    name: str
+    size: int
+    _files: Bodies
+
+    @property
+    def held_bytes(self) -> int:
+        """How far the file reaches; there may be holes in it."""
+        return self._files.size(self.name)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Keep `data` at `offset`.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        self._files.write(self.name, offset, data)
+
+    def piece(self, offset: int, size: int) -> bytes:
+        """Return what is at `offset`, zeros in a hole, fewer bytes at the end.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        return self._files.read(self.name, offset, size) if self.held_bytes else b""
+
+    def read(self) -> bytes:
+        """Return all of it.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        return self.piece(0, self.size)
+
+
+class Mailbox(Outbox):
+    """A durable mailbox in one SQLite file and a folder of body files, safe to share by threads.
 
     Raises:
         StorageError: the file cannot be opened or is damaged. So does every method when the disk
@@ -102,142 +137,88 @@ class Mailbox(Database):
     """
 
     def __init__(
-        self, path: Path | str | sqlite3.Connection, *, max_bytes: int = MAX_STORE_BYTES
+        self,
+        path: Path | str | sqlite3.Connection,
+        *,
+        max_bytes: int = MAX_STORE_BYTES,
+        outbox: OutboxRules | None = None,
+        partial_bytes: int = PARTIAL_BYTES,
     ) -> None:
-        super().__init__(path, max_bytes=max_bytes)
+        super().__init__(path, max_bytes=max_bytes, rules=outbox or OutboxRules())
+        self._partial_bytes = partial_bytes
         self.create(_TABLES)
-
-    # --- outbox -------------------------------------------------------------------------------
-
-    def put(self, to: str, kind: str, task: str, message: bytes) -> bytes:
-        """Store `message` for the peer `to`, durably, and return its new stream id.
-
-        One message to many peers is stored once.
-        """
-        stream = new_stream()
-        digest = hashlib.sha256(message).digest()
-        with self.transaction() as db:
-            self.need_room(len(message))
-            db.execute("INSERT OR IGNORE INTO bodies VALUES (?, ?)", (digest, message))
-            (sequence,) = db.execute(
-                "INSERT INTO sequences VALUES (?, 1)"
-                " ON CONFLICT (peer) DO UPDATE SET last = last + 1 RETURNING last",
-                (to,),
-            ).fetchone()
-            db.execute(
-                "INSERT INTO outbox (stream, peer, kind, task, sequence, body)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (stream, to, kind, task, sequence, digest),
-            )
-        return stream
-
-    def posted(self, stream: bytes) -> Posted | None:
-        """Return the outbox item, or None when there is none (it was done)."""
-        with self.transaction() as db:
-            row = db.execute(
-                "SELECT stream, peer, kind, task, sequence, message, manifest, file_key, parked"
-                " FROM outbox JOIN bodies ON body = hash WHERE stream = ?",
-                (stream,),
-            ).fetchone()
-        return Posted(*row) if row else None
-
-    def keep_seal(self, stream: bytes, manifest: bytes, file_key: bytes) -> None:
-        """Remember how an item was sealed, so that a resend is the same stream of bytes.
-
-        `seal.reseal(message, manifest, file_key)` makes the chunks again, which is quicker than
-        storing a second copy of them.
-
-        Raises:
-            LocalProtocolError: no such item.
-        """
-        with self.transaction() as db:
-            changed = db.execute(
-                "UPDATE outbox SET manifest = ?, file_key = ? WHERE stream = ?",
-                (manifest, file_key, stream),
-            ).rowcount
-        if not changed:
-            raise LocalProtocolError(f"stream {stream.hex()} is not in the outbox")
-
-    def pending(self, to: str | None = None) -> list[bytes]:
-        """Return the streams to send now, oldest first; parked ones are not listed.
-
-        Per peer only those less than WINDOW numbers after its oldest are listed, so that the
-        peer's replay window never moves past one that still waits.
-        """
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT stream FROM (SELECT rowid AS place, stream, peer, sequence,"
-                " min(sequence) OVER (PARTITION BY peer) AS oldest FROM outbox WHERE parked = '')"
-                " WHERE sequence < oldest + ? AND (? IS NULL OR peer = ?) ORDER BY place",
-                (WINDOW, to, to),
-            ).fetchall()
-        return [stream for (stream,) in rows]
-
-    def mark_done(self, stream: bytes) -> bool:
-        """Forget an item: its signed Done arrived. False when it was not there."""
-        with self.transaction() as db:
-            row = db.execute(
-                "DELETE FROM outbox WHERE stream = ? RETURNING body", (stream,)
-            ).fetchone()
-            if row:
-                db.execute(
-                    "DELETE FROM bodies WHERE hash = ?"
-                    " AND NOT EXISTS (SELECT 1 FROM outbox WHERE body = hash)",
-                    row,
-                )
-        return row is not None
-
-    def park(self, stream: bytes, reason: str) -> None:
-        """Set an item aside, with the reason: it is kept but no longer sent."""
-        with self.transaction() as db:
-            db.execute("UPDATE outbox SET parked = ? WHERE stream = ?", (reason or "-", stream))
-
-    def parked(self) -> list[Posted]:
-        """Return the items set aside, oldest first, without their messages."""
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT stream, peer, kind, task, sequence, x'', manifest, file_key, parked"
-                " FROM outbox WHERE parked != '' ORDER BY rowid"
-            ).fetchall()
-        return [Posted(*row) for row in rows]
 
     # --- half-received transfers --------------------------------------------------------------
 
-    def keep_chunks(self, stream: bytes, digest: bytes, chunks: Mapping[int, bytes]) -> None:
-        """Store chunks of the transfer whose `Manifest.digest` is `digest`.
+    def partial(self, stream: bytes, digest: bytes, size: int) -> Partial | None:
+        """Return where the message of the transfer `digest` (`Manifest.digest`) is received.
 
-        Chunks of the same stream under another manifest are dropped: they cannot fit together.
+        None if this store has no files: then it is kept in memory. What was received of the same
+        stream under another manifest is dropped: it cannot fit together.
+
+        Raises:
+            StorageError: there is no room for it, whatever else is dropped.
+        """
+        if self.bodies is None:
+            return None
+        name = f"in-{stream.hex()}-{digest.hex()[:32]}"
+        with self.transaction():
+            self._drop_partials(f"in-{stream.hex()}-", but=name)
+            more = size - self.bodies.size(name)
+            self._bound_partials(more, but=name)
+            self.need_room(more)
+        return Partial(name, size, self.bodies)
+
+    def drop_partial(self, stream: bytes) -> None:
+        """Forget what was received of a transfer that was refused."""
+        with self.transaction():
+            self._drop_partials(f"in-{stream.hex()}-")
+
+    def tidy(self, now_s: float) -> None:
+        """Remove partial transfers that nobody continues and files that a crash left behind.
+
+        For the one process that works with this mailbox, not for those that look at it. `now_s` is
+        the clock that the file system uses.
         """
         with self.transaction() as db:
-            self.need_room(sum(map(len, chunks.values())))
-            db.execute("DELETE FROM partial WHERE stream = ? AND digest != ?", (stream, digest))
-            db.executemany(
-                "INSERT OR IGNORE INTO partial VALUES (?, ?, ?, ?)",
-                [(stream, index, digest, data) for index, data in chunks.items()],
-            )
+            if self.bodies is None:
+                return
+            named = {
+                name
+                for (name,) in db.execute(
+                    "SELECT file FROM bodies UNION ALL SELECT file FROM letters WHERE file != ''"
+                )
+            }
+            for found in self.bodies.list():
+                age_s = now_s - found.changed_s
+                limit_s = PARTIAL_TTL_S if found.name.startswith("in-") else ORPHAN_S
+                if found.name not in named and age_s > limit_s:
+                    self.bodies.remove(found.name)
 
-    def held(self, stream: bytes, digest: bytes) -> frozenset[int]:
-        """Return the indices of the chunks stored so far."""
-        with self.transaction() as db:
-            rows = db.execute(
-                "SELECT position FROM partial WHERE stream = ? AND digest = ?", (stream, digest)
-            ).fetchall()
-        return frozenset(index for (index,) in rows)
+    def _bound_partials(self, more: int, *, but: str) -> None:
+        assert self.bodies is not None
+        named = self._letter_files()
+        old = [
+            found
+            for found in self.bodies.list()
+            if found.name.startswith("in-") and found.name not in named | {but}
+        ]
+        total = sum(found.size for found in old)
+        while old and total + more > self._partial_bytes:
+            gone = old.pop(0)
+            total -= gone.size
+            self.bodies.remove(gone.name)
 
-    def chunks(self, stream: bytes, digest: bytes) -> dict[int, bytes]:
-        """Return the chunks stored so far, by index."""
-        with self.transaction() as db:
-            return dict(
-                db.execute(
-                    "SELECT position, data FROM partial WHERE stream = ? AND digest = ?",
-                    (stream, digest),
-                ).fetchall()
-            )
+    def _drop_partials(self, start: str, *, but: str = "") -> None:
+        if self.bodies is None:
+            return
+        for found in self.bodies.list():
+            if found.name.startswith(start) and found.name not in self._letter_files() | {but}:
+                self.bodies.remove(found.name)
 
-    def drop_chunks(self, stream: bytes) -> None:
-        """Forget what was stored of a transfer."""
+    def _letter_files(self) -> set[str]:
         with self.transaction() as db:
-            db.execute("DELETE FROM partial WHERE stream = ?", (stream,))
+            return {name for (name,) in db.execute("SELECT file FROM letters WHERE file != ''")}
 
     # --- inbox --------------------------------------------------------------------------------
 
@@ -251,18 +232,17 @@ class Mailbox(Database):
             ).fetchone()
         return row is not None
 
-    def accept(self, header: Header, message: bytes) -> Acceptance:
+    def accept(self, header: Header, message: bytes | Partial) -> Acceptance:
         """Take an opened message in, once, durably; what was stored of its transfer goes.
+
+        A message in a file must be there as a whole; it is on the disk before the letter is.
 
         Raises:
             RemoteProtocolError: a replay, or a second message of this kind for this task.
         """
         with self.transaction() as db:
             if self.accepted(header):
-                self.drop_chunks(header.stream)
                 return Acceptance.ALREADY
-            self.drop_chunks(header.stream)
-            self.need_room(len(message))
             self._pass_window(db, header)
             key = (header.tenant, header.sender, header.task, header.kind)
             known = (
@@ -273,12 +253,26 @@ class Mailbox(Database):
                     f"a second {header.kind} from {header.sender} for task {header.task}; "
                     "the first one stands"
                 )
+            inline, file = self._body_of(message)
             db.execute(
                 "INSERT INTO letters (tenant, sender, task, kind, sender_key, stream, header,"
-                " message) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*key, header.sender_key, header.stream, header.encode(), message),
+                " message, file) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*key, header.sender_key, header.stream, header.encode(), inline, file),
             )
         return Acceptance.NEW
+
+    def _body_of(self, message: bytes | Partial) -> tuple[bytes, str]:
+        if not isinstance(message, Partial):
+            self.need_room(len(message))
+            return message, ""
+        if message.held_bytes != message.size:
+            raise StorageError(f"{message.name} has {message.held_bytes} of {message.size} bytes")
+        assert self.bodies is not None
+        if message.size <= INLINE_BYTES:
+            self.afterwards(self.bodies.remover(message.name))
+            return message.read(), ""
+        self.bodies.sync([message.name])
+        return b"", message.name
 
     @staticmethod
     def _pass_window(db: sqlite3.Connection, header: Header) -> None:
@@ -295,19 +289,33 @@ class Mailbox(Database):
             (*owner, highest, seen.to_bytes(WINDOW // 8, "big")),
         )
 
-    def unread(self) -> list[Letter]:
-        """Return the accepted messages that nobody has dealt with, oldest first."""
+    def unread(self, *, after: int = 0) -> list[Letter]:
+        """Return the accepted messages that nobody has dealt with, oldest first.
+
+        Those with an id above `after` only: letters may stay unread for long. Large ones are not
+        read from their files before somebody asks for `message`.
+        """
         with self.transaction() as db:
             rows = db.execute(
-                "SELECT id, sender, kind, task, message, header FROM letters"
-                " WHERE message IS NOT NULL ORDER BY id"
+                "SELECT id, sender, kind, task, message, file, header FROM letters"
+                " WHERE message IS NOT NULL AND id > ? ORDER BY id",
+                (after,),
             ).fetchall()
         return [
-            Letter(letter, sender, kind, task, message, Header.decode(header))
-            for letter, sender, kind, task, message, header in rows
+            Letter(letter, sender, kind, task, self._letter_body(message, file), decoded)
+            for letter, sender, kind, task, message, file, header in rows
+            for decoded in [Header.decode(header)]
         ]
+
+    def _letter_body(self, message: bytes, file: str) -> Body:
+        if not file or self.bodies is None:
+            return Body(message, len(message))
+        return Body(b"", self.bodies.size(file), self.bodies, file)
 
     def mark_read(self, id: int) -> None:  # noqa: A002 - the letter's id, as Letter calls it
         """Forget a letter's bytes; that it was accepted is remembered."""
         with self.transaction() as db:
-            db.execute("UPDATE letters SET message = NULL WHERE id = ?", (id,))
+            row = db.execute("SELECT file FROM letters WHERE id = ?", (id,)).fetchone()
+            db.execute("UPDATE letters SET message = NULL, file = '' WHERE id = ?", (id,))
+            if row and row[0] and self.bodies is not None:
+                self.afterwards(self.bodies.remover(row[0]))

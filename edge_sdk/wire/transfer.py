@@ -11,19 +11,21 @@ or how anything is encrypted.
       ...                                    open, accept, commit
              <-------  Done  signed; only now does the sender forget
              <-------  Reject signed, instead of any of the above
+             <-------  Slow   too much at once: fewer chunks, or wait for a Want
 
 After silence or a reconnect the sender offers again and the receiver answers with what is still
 missing, so nothing that arrived is sent twice. A broker may drop, repeat or forge any frame: Want,
-Have and Chunk can then cost time only, because chunks are checked against signed hashes and the
-end of a transfer, either way, is signed by the receiver.
+Have, Slow and Chunk can then cost time only, because chunks are checked against signed hashes and
+the end of a transfer, either way, is signed by the receiver.
 """
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Protocol
 
-from edge_sdk.errors import LocalProtocolError, RemoteProtocolError
+from edge_sdk.errors import RemoteProtocolError, SealError
 from edge_sdk.wire.seal import (
     CHUNK_BYTES,
     MAX_CHUNKS,
@@ -33,10 +35,8 @@ from edge_sdk.wire.seal import (
     TAG_BYTES,
     Identity,
     Manifest,
+    Opener,
     PublicIdentity,
-    Sealed,
-    chunk_hash,
-    chunk_size,
     manifest_digest,
 )
 
@@ -52,6 +52,7 @@ _DONE = "symbiont/v1/done"
 _REJECT = "symbiont/v1/reject"
 _CHUNK = struct.Struct(">IB")
 _AFTER = struct.Struct(">I")
+_WAIT = struct.Struct(">H")
 
 
 # --- frames -----------------------------------------------------------------------------------
@@ -124,8 +125,21 @@ class Reject:
     signature: bytes
 
 
-Frame = Offer | Want | Chunk | Have | Done | Reject
-_CODES: dict[type, int] = {Offer: 1, Want: 2, Chunk: 3, Have: 4, Done: 5, Reject: 6}
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """The receiver has too much at once: halve the window, and do not offer again for `wait_s`.
+
+    A Want or Have that comes earlier ends the wait.
+    """
+
+    stream: bytes
+    wait_s: int
+
+
+Frame = Offer | Want | Chunk | Have | Done | Reject | Slow
+Answer = Want | Have | Done | Reject | Slow
+"""What a receiver says to a sender."""
+_CODES: dict[type, int] = {Offer: 1, Want: 2, Chunk: 3, Have: 4, Done: 5, Reject: 6, Slow: 7}
 
 
 def encode_frame(frame: Frame) -> bytes:
@@ -135,8 +149,9 @@ def encode_frame(frame: Frame) -> bytes:
             body = bytes([len(frame.keys)]) + frame.keys + frame.manifest
         case Want():
             body = _bitmap(frame.missing)
-        case Chunk():
-            body = _CHUNK.pack(frame.index, frame.ask) + frame.data
+        case Chunk():  # the one that counts: its data are copied once
+            head = b"\3" + frame.stream + _CHUNK.pack(frame.index, frame.ask)
+            return b"".join((head, frame.data))
         case Have():
             body = _AFTER.pack(frame.after) + _bitmap(frame.held)
         case Done():
@@ -144,6 +159,8 @@ def encode_frame(frame: Frame) -> bytes:
         case Reject():
             reason = _short(frame.reason)
             body = bytes([frame.refusal]) + frame.signature + reason
+        case Slow():
+            body = _WAIT.pack(frame.wait_s)
     return bytes([_CODES[type(frame)]]) + frame.stream + body
 
 
@@ -157,10 +174,11 @@ def decode_frame(data: bytes) -> Frame:
         raise RemoteProtocolError(
             f"a frame of {len(data)} bytes is outside {1 + STREAM_BYTES} to {MAX_FRAME_BYTES}"
         )
-    data = bytes(data)
-    stream, body = data[1 : 1 + STREAM_BYTES], data[1 + STREAM_BYTES :]
+    stream = bytes(data[1 : 1 + STREAM_BYTES])
     try:
-        return _parse(data[0], stream, body)
+        if data[0] == 3:
+            return _parse_chunk(stream, data)
+        return _parse(data[0], stream, bytes(data[1 + STREAM_BYTES :]))
     except (IndexError, ValueError, struct.error) as exc:  # UnicodeDecodeError is a ValueError
         raise RemoteProtocolError(f"a frame of type {data[0]} is malformed") from exc
 
@@ -173,12 +191,6 @@ def _parse(code: int, stream: bytes, body: bytes) -> Frame:
             return Offer(stream, body[1 + body[0] :], body[1 : 1 + body[0]])
         case 2:
             return Want(stream, _indices(body))
-        case 3:
-            index, ask = _CHUNK.unpack_from(body)
-            data = body[_CHUNK.size :]
-            if index >= MAX_CHUNKS or ask > 1 or len(data) > CHUNK_BYTES + TAG_BYTES:
-                raise ValueError(index)
-            return Chunk(stream, index, bool(ask), data)
         case 4:
             (after,) = _AFTER.unpack_from(body)
             return Have(stream, after, _indices(body[_AFTER.size :]))
@@ -192,21 +204,37 @@ def _parse(code: int, stream: bytes, body: bytes) -> Frame:
             if len(signature) != SIGNATURE_BYTES or len(reason) > MAX_REASON_BYTES:
                 raise ValueError(len(body))
             return Reject(stream, Refusal(body[0]), reason.decode(), signature)
+        case 7:
+            if len(body) != _WAIT.size:
+                raise ValueError(len(body))
+            return Slow(stream, *_WAIT.unpack(body))
     raise ValueError(code)
 
 
+def _parse_chunk(stream: bytes, frame: bytes) -> Chunk:
+    index, ask = _CHUNK.unpack_from(frame, 1 + STREAM_BYTES)
+    data = bytes(frame[1 + STREAM_BYTES + _CHUNK.size :])
+    if index >= MAX_CHUNKS or ask > 1 or len(data) > CHUNK_BYTES + TAG_BYTES:
+        raise ValueError(index)
+    return Chunk(stream, index, bool(ask), data)
+
+
 def _bitmap(indices: Iterable[int]) -> bytes:
-    bits = 0
+    bits = bytearray(MAX_BITMAP_BYTES)
     for index in indices:
-        bits |= 1 << index
-    return bits.to_bytes(-(-bits.bit_length() // 8), "little")
+        bits[index >> 3] |= 1 << (index & 7)
+    return bytes(bits.rstrip(b"\0"))
 
 
 def _indices(bitmap: bytes) -> frozenset[int]:
     if len(bitmap) > MAX_BITMAP_BYTES:
         raise ValueError(len(bitmap))
     return frozenset(
-        8 * at + bit for at, byte in enumerate(bitmap) for bit in range(8) if byte >> bit & 1
+        8 * at + bit
+        for at, byte in enumerate(bitmap)
+        if byte
+        for bit in range(8)
+        if byte >> bit & 1
     )
 
 
@@ -231,13 +259,25 @@ def sign_reject(
 # --- sending ----------------------------------------------------------------------------------
 
 
+class Envelope(Protocol):
+    """A sealed message; the chunks may be made when they are asked for (`seal.Sealed` has all)."""
+
+    @property
+    def manifest(self) -> bytes:
+        """The signed manifest."""
+
+    @property
+    def chunks(self) -> Sequence[bytes]:
+        """The encrypted chunks."""
+
+
 class Outgoing:
     """One message being sent to `peer`. The caller publishes every frame it returns."""
 
     def __init__(
         self,
         stream: bytes,
-        sealed: Sealed,
+        sealed: Envelope,
         peer: PublicIdentity,
         *,
         keys: bytes = b"",
@@ -257,6 +297,7 @@ class Outgoing:
         self._in_flight: set[int] = set()
         self._sent_at: dict[int, int] = {}  # index -> position in the order of sending
         self._sent = 0
+        self._narrowed_at = 0  # losses of what went out before this belong to one crowding
 
     @property
     def acknowledged_chunks(self) -> int:
@@ -269,12 +310,12 @@ class Outgoing:
 
     def resend(self) -> list[Frame]:
         """Return the frames to send after silence or a reconnect; the window is halved."""
-        self._window = max(1, self._window // 2)
+        self._narrow()
         self._to_send = []
         self._in_flight = set()
         return self.start()
 
-    def receive(self, frame: Want | Have | Done | Reject) -> list[Frame]:
+    def receive(self, frame: Answer) -> list[Frame]:
         """Take the receiver's frame and return the frames to send now.
 
         Raises:
@@ -303,6 +344,8 @@ class Outgoing:
                 self._checked(frame.held)
                 self._hear(frame)
                 return self._fill()
+            case Slow():
+                self._narrow()
         return []
 
     def _checked(self, indices: frozenset[int]) -> frozenset[int]:
@@ -325,6 +368,12 @@ class Outgoing:
         self._to_send = sorted(waiting, reverse=True)
         if not lost:
             self._window = min(self._window_limit, self._window + 1)
+        elif min(self._sent_at[index] for index in lost) >= self._narrowed_at:
+            self._narrow()  # a broker that drops is a broker with a full queue
+
+    def _narrow(self) -> None:
+        self._window = max(1, self._window // 2)
+        self._narrowed_at = self._sent
 
     def _fill(self) -> list[Frame]:
         frames: list[Frame] = []
@@ -345,51 +394,54 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What to do after a chunk: write `store` durably, then publish `reply`.
+    """What to do after a chunk: keep `piece` at its place, then publish `reply`.
 
-    `complete` is true once, for the chunk that completes the message: open what
-    `Incoming.assemble` returns, accept it, and only then publish the signed Done.
+    `piece` is None for a repeat. `complete` is true once, for the chunk that completes the message:
+    accept it, and only then publish the signed Done.
     """
 
-    store: Mapping[int, bytes]
+    piece: bytes | None
     reply: tuple[Frame, ...]
     complete: bool
 
 
 class Incoming:
-    """One message being received, from a manifest that was verified and chunks already `held`.
+    """One message being received, from a manifest that was verified and pieces already `held`.
 
-    If writing `Received.store` fails, forget this object: the next Offer starts again from what
-    is really stored.
+    Each chunk is checked against its signed hash and opened as it comes, so what is kept is the
+    message itself. If keeping a piece fails, forget this object: the next Offer starts again from
+    what is really there.
 
     Raises:
         RemoteProtocolError: the message is larger than `max_bytes`.
     """
 
-    def __init__(self, manifest: Manifest, held: Iterable[int] = (), *, max_bytes: int) -> None:
+    def __init__(
+        self, manifest: Manifest, opener: Opener, held: Iterable[int] = (), *, max_bytes: int
+    ) -> None:
         header = manifest.header
         if header.plaintext_bytes > max_bytes:
             raise RemoteProtocolError(
                 f"a message of {header.plaintext_bytes} bytes is over the limit of {max_bytes}"
             )
         self.manifest = manifest
-        self._all = frozenset(range(header.chunks))
-        self._stored = set(held) & self._all
-        self._buffer: dict[int, bytes] = {}
+        self._opener = opener
+        self._held = set(held)
 
     @property
     def complete(self) -> bool:
-        """Return whether every chunk is here, stored or in memory."""
-        return len(self._stored) + len(self._buffer) == len(self._all)
+        """Return whether every piece is here."""
+        return len(self._held) == self.manifest.header.chunks
 
     @property
     def held_chunks(self) -> int:
-        """Return how many chunks are here."""
-        return len(self._stored) + len(self._buffer)
+        """Return how many pieces are here."""
+        return len(self._held)
 
     def want(self) -> Want:
         """Return the answer to an Offer: what is still missing."""
-        return Want(self._stream, self._all - self._held())
+        header = self.manifest.header
+        return Want(header.stream, frozenset(range(header.chunks)) - self._held)
 
     def receive(self, chunk: Chunk) -> Received:
         """Take one chunk, checked against the signed manifest.
@@ -398,41 +450,18 @@ class Incoming:
             RemoteProtocolError: not a chunk of this message.
         """
         header = self.manifest.header
-        if chunk.stream != header.stream or chunk.index not in self._all:
+        if chunk.stream != header.stream:
             raise RemoteProtocolError(f"chunk {chunk.index} does not belong to this message")
-        if len(chunk.data) != chunk_size(header, chunk.index) or (
-            chunk_hash(chunk.data) != self.manifest.chunk_hashes[chunk.index]
-        ):
-            raise RemoteProtocolError(f"chunk {chunk.index} is not the chunk that was signed")
-        new = chunk.index not in self._held()
-        if new:
-            self._buffer[chunk.index] = chunk.data
-        if new and self.complete:
-            return Received({}, (), True)  # the rest stays in memory: it is opened right away
-        full = len(self._buffer) * CHUNK_BYTES >= WINDOW_BYTES
-        store = self._flush() if not self.complete and (chunk.ask or full) else {}
-        reply = (Have(self._stream, chunk.index, self._held()),) if chunk.ask else ()
-        return Received(store, reply, False)
-
-    def assemble(self, stored: Mapping[int, bytes]) -> list[bytes]:
-        """Return all chunks in order, from what was `stored` and what is still in memory.
-
-        Raises:
-            LocalProtocolError: the message is not complete.
-        """
-        try:
-            return [self._buffer.get(index) or stored[index] for index in sorted(self._all)]
-        except KeyError as exc:
-            raise LocalProtocolError(f"chunk {exc} has not been received and stored") from exc
-
-    @property
-    def _stream(self) -> bytes:
-        return self.manifest.header.stream
-
-    def _held(self) -> frozenset[int]:
-        return frozenset(self._stored | self._buffer.keys())
-
-    def _flush(self) -> dict[int, bytes]:
-        store, self._buffer = self._buffer, {}
-        self._stored |= store.keys()
-        return store
+        piece = None
+        if chunk.index not in self._held:
+            try:
+                piece = self._opener.chunk(chunk.index, chunk.data)
+            except SealError as exc:
+                text = f"chunk {chunk.index} is not the chunk that was signed"
+                raise RemoteProtocolError(text) from exc
+            self._held.add(chunk.index)
+            if self.complete:
+                return Received(piece, (), True)
+        ask = chunk.ask and not self.complete
+        reply = (Have(header.stream, chunk.index, frozenset(self._held)),) if ask else ()
+        return Received(piece, reply, False)
