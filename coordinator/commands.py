@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coordinator import release_commands
 from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from edge_sdk.errors import ConfigError
@@ -77,6 +78,7 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
     revoke.add_argument("device")
     _add_config(revoke)
     revoke.set_defaults(run=_revoke)
+    release_commands.register(subparsers)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from coordinator.rollout import Plan
 from edge_sdk.errors import ConfigError
 from edge_sdk.store.settings import absolute_path, read_config
 from edge_sdk.wire.config_rules import NOTHING, parse_toml
@@ -231,6 +232,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     llm: LlmSection = LlmSection()
     public: TextsSection = TextsSection()
     evaluation: TextsSection = TextsSection()
+    rollout: Plan = Plan()
 
     @classmethod
     def load(

@@ -1,7 +1,10 @@
 """The coordinator as one running service: opens everything, waits for devices, runs the program.
 
 Knows the order of a life: keys, link, first bundle, cohort, program, report. Does not know any
-algorithm (`assembly.py` builds it) nor how messages travel.
+algorithm (`assembly.py` builds it), how messages travel, or how a roll-out goes (`staging.py`).
+
+A device that enrols after the cohort is fixed is offered the promoted release, and each that
+follows; it takes part in the rounds from the next start of the service on.
 """
 
 import logging
@@ -18,8 +21,11 @@ from coordinator.config import CoordinatorConfig, FamilySection
 from coordinator.desk import Desk
 from coordinator.events import Events
 from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
+from coordinator.rollout import Book
 from coordinator.runner import Runner
+from coordinator.staging import Stager
 from coordinator.warden import Warden
+from edge_sdk.errors import FleetError
 from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
 from edge_sdk.link.dial import dial
@@ -31,7 +37,9 @@ logger = logging.getLogger(__name__)
 BASE = "base"
 """Name of each family's first release, before any round."""
 LOOK_AGAIN_S = 0.5
-"""How often the service looks for new devices and changed byte counts."""
+"""How often the service looks for new devices, decisions and changed byte counts."""
+REFRESH_S = 3600.0
+"""How often it looks whether signed metadata is half expired."""
 
 
 class Service:
@@ -72,6 +80,12 @@ class Service:
         self._now = now
         self._stop = threading.Event()
         self.warden = Warden(self.desk, self.courier, self.events)
+        store, fleet = self.desk.store, self.desk.fleet
+        self.book = Book(store, self.registry, now)
+        self.stager = Stager(store, self.book, self.registry, fleet, self.runner, self.events, now)
+        self._cohort: tuple[str, ...] | None = None  # None: not fixed yet
+        self._busy = True  # a program runs or will run
+        self._refreshed = now()
         self._bytes: tuple[Mapping[str, int], Mapping[str, int]] = ({}, {})
 
     @classmethod
@@ -113,19 +127,26 @@ class Service:
         self.start()
         family = self.config.families[0]
         base = self.publish_base(family)
-        cohort = self.wait_for_devices(family.name)
-        if not cohort or not self._run(self._offering(base, cohort), f"offer-{_crowd(cohort)}"):
+        if not self.desk.store.finished(self.config.program.name):
+            self._cohort = self.wait_for_devices(family.name)
+            if not self._cohort or not self._learn(base, self._cohort):
+                return False
+        self._report(family.name)
+        self._cohort, self._busy = (), False  # from now on every device is served alike
+        while stay and not self._stop.wait(LOOK_AGAIN_S):
+            self._tick()
+        return True
+
+    def _learn(self, base: Release, cohort: tuple[str, ...]) -> bool:
+        """Offer `base` to the cohort and run the program over it; return whether it ended."""
+        self.registry.allow(base.family, base.release)
+        if not self._run(self._offering(base, cohort), f"offer-{_crowd(cohort)}"):
             return False
         with self.events.stage("load"):
             from coordinator.assembly import program_of  # torch is loaded only now
 
             factory = program_of(self.config, self.desk.folder, base.release, cohort, self.events)
-        if not self._run(factory, self.config.program.name):
-            return False
-        self._report(family.name)
-        while stay and not self._stop.wait(LOOK_AGAIN_S):
-            self._tick()
-        return True
+        return self._run(factory, self.config.program.name)
 
     def start(self) -> None:
         """Connect, announce the keys and take mail from now on."""
@@ -188,10 +209,23 @@ class Service:
 
     def _tick(self) -> None:
         self.warden.tick()
+        self._tend_releases()
         counted = (self.courier.bytes_up, self.courier.bytes_down)
         if counted != self._bytes:
             self._bytes = counted
             self.events("bytes", up=counted[0], down=counted[1])
+
+    def _tend_releases(self) -> None:
+        try:
+            self.stager.tick(busy=self._busy)
+            if self._cohort is not None:
+                for family in self.config.families:
+                    self.stager.serve_newcomers(family.name, self._cohort)
+            if self._now() - self._refreshed > REFRESH_S:
+                self._refreshed = self._now()
+                self.registry.refresh()
+        except FleetError as exc:  # a full disk or an absent key; the program goes on
+            logger.warning("releases are looked after again later: %s", exc)
 
     def _report(self, family: str) -> None:
         self._tick()

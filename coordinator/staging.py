@@ -77,7 +77,7 @@ class Stager:
         if any(r.family == family and r.state not in OPEN for r in self._book.active()):
             return  # every device is being told of an outcome already
         for device in sorted(set(self._of(family)) - set(cohort) - trying):
-            newest = self._book.newest(device)
+            newest = self._newest(device)
             if promoted is not None and (newest is None or newest.release != promoted):
                 self._bring(WELCOME, "welcome", device, family, promoted)
 
@@ -157,29 +157,16 @@ class Stager:
         return self._offer(number, purpose, device, family, release)
 
     def _holds(self, device: str, family: str, base: str) -> bool:
-        newest = self._book.newest(device)
+        newest = self._newest(device)
         if newest is None:
             return False
         return base in (newest.release, self._registry.base_of(family, newest.release))
 
     def _offer(self, number: int, purpose: str, device: str, family: str, release: str) -> str:
-        known = next(
-            (
-                offer
-                for offer in self._book.offered(number, purpose)
-                if (offer.device, offer.release) == (device, release)
-            ),
-            None,
-        )
-        if known is not None:
-            newest = self._book.newest(device)
-            # A newcomer that ran another release since is offered this one again.
-            again = number == WELCOME and known.state == "done" and newest is not None
-            if again and newest is not None and newest.release == release:
-                return "done"
-            expired = known.state == "failed" and "expired" in known.reason
-            if not again and (not expired or known.tries >= TRIES):
-                return known.state
+        offers = self._book.offered(number, purpose)
+        mine = [o for o in offers if (o.device, o.release) == (device, release)]
+        if mine and not self._again(mine[0]):
+            return mine[0].state
         found = self._registry.release(family, release)
         if found is None:
             return "failed"
@@ -187,6 +174,22 @@ class Stager:
             row = self._runner.post(device, found.offer(), run=f"{RUN}-{number}-{purpose}")
             self._book.note_offer(number, purpose, device, release, row.task)
         return "open"
+
+    def _again(self, known: Offered) -> bool:
+        """Whether an offer made before is to be made anew."""
+        device = self._fleet.get(known.device)
+        if device is not None and known.at < device.enrolled:
+            return True  # its place was taken by a device that holds nothing
+        if known.state == "failed":
+            return "expired" in known.reason and known.tries < TRIES
+        newest = self._newest(known.device)
+        moved_on = newest is None or newest.release != known.release
+        return known.number == WELCOME and known.state == "done" and moved_on
+
+    def _newest(self, device: str) -> Offered | None:
+        """What `device` said last, since it enrolled."""
+        newest, known = self._book.newest(device), self._fleet.get(device)
+        return newest if newest and known and newest.at >= known.enrolled else None
 
     # --- answers ------------------------------------------------------------------------------
 
