@@ -119,12 +119,17 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A published release: its TUF target paths and the signed metadata files by name."""
+    """A published release: its TUF target paths and the signed metadata files by name.
+
+    `withdrawn`: it was taken back before (by this program before a crash, or by the operator); it
+    can be offered to nobody.
+    """
 
     family: str
     release: str
     targets: tuple[str, ...]
     metadata: Mapping[str, bytes] = field(default_factory=dict)
+    withdrawn: bool = False
 
     def offer(self, task_id: str = "offer") -> OfferModel:
         """Return the message that offers this release to a device."""
@@ -138,16 +143,42 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take `release` back, for `reason`, and promote `instead` again; the answer is its `Release`.
+
+    Doing it twice is doing it once.
+    """
+
+    family: str
+    release: str
+    instead: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blame:
+    """Count a fault of `device` that only the comparison with others has shown.
+
+    It is counted by the next Commit, so a round that is repeated after a crash blames once. The
+    answer is None.
+    """
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Numbers worth telling: they become one event line. The answer is None."""
 
     values: Mapping[str, Any]
 
 
-Request = Ask | Tell | Commit | Publish | Note
+Request = Ask | Tell | Commit | Publish | Withdraw | Blame | Note
 
 Program = Generator[Request, Any, None]
-"""Sent: tuple[Reply, ...] for Ask, Release for Publish, None else (`Any`: one type cannot say so).
+"""Sent: tuple[Reply, ...] for Ask, Release for Publish and Withdraw, None else (`Any`: one type
+cannot say so).
 
 `QuorumMissed` is thrown at an Ask whose deadline passed; replies that had arrived are kept and
 answer the next Ask in the same words."""

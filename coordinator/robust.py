@@ -52,7 +52,7 @@ class Rule:
 def fair_counts(examples: F64, most: float) -> F64:
     """Numbers of examples, (n,), none above `most` times their median."""
     counts = np.maximum(examples, 1.0)
-    return np.minimum(counts, most * float(np.median(counts)))
+    return np.asarray(np.minimum(counts, most * float(np.median(counts))))
 
 
 def kept_shares(norms: F64, rule: Rule) -> F64:
@@ -79,22 +79,23 @@ def geometric_median(gram: F64, weights: F64) -> F64:
     Source: Weiszfeld 1937; the test at the points is Vardi and Zhang 2000 (doi
     10.1073/pnas.97.4.1423); for federated updates: Pillutla et al. (RFA, arXiv 1912.13445).
     """
-    alpha = weights / weights.sum()
+    alpha: F64 = weights / weights.sum()
     square = np.maximum(np.diag(gram)[:, None] + np.diag(gram)[None, :] - 2.0 * gram, 0.0)
     spread = float(np.sqrt(square.max()))
     if spread == 0.0:
         return alpha
     best = int(np.argmin(np.sqrt(square) @ alpha))
     if _point_is_median(best, gram, square, alpha):
-        return np.eye(len(alpha))[best]
+        return np.asarray(np.eye(len(alpha))[best])
     v = alpha
     for _ in range(_MOST_STEPS):
         distances = np.sqrt(np.maximum(v @ gram @ v - 2.0 * gram @ v + np.diag(gram), 0.0))
-        pull = alpha / np.maximum(distances, _TOLERANCE * spread)
-        new = pull / pull.sum()
+        pull: F64 = alpha / np.maximum(distances, _TOLERANCE * spread)
+        new: F64 = pull / pull.sum()
         step = new - v
         v = new
-        if float(np.sqrt(max(step @ gram @ step, 0.0))) <= _TOLERANCE * spread:
+        moved = float(step @ gram @ step)
+        if moved <= (_TOLERANCE * spread) ** 2:
             break
     return v
 
@@ -107,4 +108,4 @@ def _point_is_median(k: int, gram: F64, square: F64, alpha: F64) -> bool:
     # |sum_i pull_i (x_i - x_k)|, from inner products
     total = pull.sum()
     length = pull @ gram @ pull - 2.0 * total * (gram[k] @ pull) + total**2 * gram[k, k]
-    return bool(np.sqrt(max(length, 0.0)) <= alpha[~apart].sum())
+    return bool(float(np.sqrt(np.maximum(length, 0.0))) <= float(alpha[~apart].sum()))

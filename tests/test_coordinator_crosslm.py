@@ -75,7 +75,8 @@ def test_a_run_asks_tells_publishes_notes_and_commits(home):
     first, final = world.log.of(Publish)
     assert (first.release, first.base, first.folder) == ("base-1-crosslm-1", "base-1", "adapter")
     assert (final.release, final.base, final.folder) == ("base-1-distilled", None, "whole")
-    assert set(last.state) == {"exchange", "llm", "pool"}
+    assert set(last.state) > {"exchange", "llm", "pool"}
+    assert last.state["outcome"] == b"kept"
     assert devices["dev-a"].synthetic.version == 2
     assert {"score", "kept", "distinct", "loss_gen", "accuracy"} <= set(
         world.log.of(Note)[0].values

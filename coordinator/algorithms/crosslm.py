@@ -34,16 +34,26 @@ label but those it asked for itself, and `public_texts` only as the replicas lab
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.algorithms.fedavg import Package, mean_accuracy, measured, patiently
+from coordinator.algorithms.fedavg import Package
+from coordinator.algorithms.rounds import (
+    lineage,
+    mean_accuracy,
+    measured,
+    merge,
+    patiently,
+    told,
+    tried,
+)
 from coordinator.distill import distil, sharpen, synthetic_from_bytes, synthetic_to_bytes
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.gate import Gate
 from coordinator.llm import Llm, Update, Written
 from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply, Tell
 from coordinator.twin import Twin
@@ -160,26 +170,52 @@ def crosslm(
     measure: Callable[[], dict[str, float]] | None = None,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
     seed: int,
+    gate: Gate | None = None,
     resume: Commit | None = None,
 ) -> Program:
     """Run CrossLM over the devices of `cohort`, whose bundle is release `base`.
 
     `package` writes an adapter release; `package_model`, when given, writes the last round's
     release as a whole new model with the adapter merged in. `measure` adds numbers to each Note;
-    `stage` is entered around each step that takes long, with its name.
+    `stage` is entered around each step that takes long, with its name. `gate` decides whether a
+    round is kept; one that is not leaves LLM, S and small model as they were before it.
 
     Raises:
         QuorumMissed: too few updates, `cfg.retries` times over.
     """
-    pool = Pool([], [], [])
-    first = 0
+    pool, gate = Pool([], [], []), gate or Gate()
+    first, version, kept = 0, 0, base
     if resume is not None:
         exchange.restore(resume.state["exchange"])
         llm.load(from_bytes(resume.state["llm"]))
         pool = Pool(*synthetic_from_bytes(resume.state["pool"]))
+        gate.restore(resume.state.get("gate", b""))
+        kept = resume.state.get("kept", base.encode()).decode()
+        version = int(resume.state.get("version", b"%d" % (resume.step + 1)))
         first = resume.step + 1
+    gate.start(exchange.factors)
     twin.restore(exchange.factors, exchange.replicas)
     task = llm.reader.task
+
+    def held(outcome: str) -> dict[str, bytes]:
+        return {
+            "exchange": exchange.state(),
+            "llm": to_bytes(llm.state()),
+            "pool": synthetic_to_bytes(pool.texts, pool.labels, pool.scores),
+            "gate": gate.to_bytes(),
+            "kept": kept.encode(),
+            "version": str(version).encode(),
+            "outcome": outcome.encode(),
+        }
+
+    def undo(state: Mapping[str, bytes]) -> None:
+        exchange.roll_back(state["exchange"])
+        llm.load(from_bytes(state["llm"]))
+        pool.texts, pool.labels, pool.scores = synthetic_from_bytes(state["pool"])
+        gate.restore(state["gate"])
+        twin.restore(exchange.factors, exchange.replicas)
+
+    before = held("start")
     for step in range(first, cfg.rounds):  # line 1
         training = Ask(
             exchange.start(step, base, cfg.training),
@@ -190,10 +226,17 @@ def crosslm(
         )
         replies = yield from patiently(training, cfg.retries)  # line 2
         with stage("aggregate"):
-            merged, changes = exchange.receive(replies)  # line 3
-            if cfg.learn_codec and step == 0:
-                exchange.learn_codec(changes)
-            twin.restore(exchange.factors, exchange.replicas)
+            merged, changes, fault = yield from merge(exchange, gate, replies)  # line 3
+        if fault:
+            undo(before)
+            yield Note({"round": step, "devices": len(replies), **told(merged, fault)})
+            before = held("discarded")
+            yield Commit(step, before)
+            continue
+        assert merged is not None, "without a fault there is an aggregate"
+        if cfg.learn_codec and exchange.codec.basis is None:
+            exchange.learn_codec(changes)
+        twin.restore(exchange.factors, exchange.replicas)
 
         rng = np.random.default_rng([seed, step])
         with stage("generate"):
@@ -241,14 +284,23 @@ def crosslm(
             )
         exchange.set_global(twin.factors)
         if pool.texts:
-            yield Tell(pool.offer(step + 1), cohort)  # line 8
+            version = max(version, step) + 1
+            yield Tell(pool.offer(version), cohort)  # line 8
 
         whole = package_model if step == cfg.rounds - 1 else None
         name = f"{base}-distilled" if whole else f"{base}-crosslm-{step + 1}"
         with stage("package"):
             folder = (whole or package)(name, exchange.factors)
-        release = yield Publish(exchange.family, name, folder, base=None if whole else base)
-        reports = yield from measured(Ask(release.offer(), cohort, len(cohort), cfg.within_s))
+        made_from = lineage(step, replies, merged)
+        wish = Publish(exchange.family, name, folder, None if whole else base, made_from)
+        fault, reports = yield from tried(wish, cohort, cfg.within_s, gate, instead=kept)
+        numbers = measure() if measure is not None else {}
+        if fault:
+            undo(before)
+            version += 1
+            yield Tell(pool.offer(version), cohort)  # S as it was, in place of this round's
+        else:
+            kept = name
         yield Note(
             {
                 "round": step,
@@ -262,17 +314,12 @@ def crosslm(
                 "agreement": round(agreement, 4),
                 "accuracy": mean_accuracy(reports),
                 **{f"loss_{key}": round(value, 4) for key, value in losses.items()},
-                **(measure() if measure is not None else {}),
+                **numbers,
+                **told(merged, fault),
             }
         )
-        yield Commit(
-            step,
-            {
-                "exchange": exchange.state(),
-                "llm": to_bytes(llm.state()),
-                "pool": synthetic_to_bytes(pool.texts, pool.labels, pool.scores),
-            },
-        )
+        before = held("discarded" if fault else "kept")
+        yield Commit(step, before)
         llm.load(from_bytes(to_bytes(llm.state())))  # so that a resumed run is the same run
 
 

@@ -21,19 +21,29 @@ from Decentralized Data", AISTATS 2017 (arXiv 1602.05629), Algorithm 1.
 Differences from the paper: only LoRA factors are trained, and what is averaged are the products
 B·A (averaging factors is biased, PAPERS.md 9.4), factored again at the same rank; local work is
 counted in steps; updates travel encoded; a late update counts with its staleness
-(`aggregate.staleness_weight`) and relative to the factors it started from.
+(`aggregate.staleness_weight`) and relative to the factors it started from; line 5 is bounded
+(`robust.py`), and a round that makes things worse is rolled back (`gate.py`).
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from coordinator.algorithms.rounds import (
+    lineage,
+    mean_accuracy,
+    measured,
+    merge,
+    patiently,
+    told,
+    tried,
+)
 from coordinator.exchange import AdapterExchange, LocalTraining
-from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply, Request
-from edge_sdk.errors import QuorumMissed
+from coordinator.gate import Gate
+from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply
 from edge_sdk.train.lora import Factors
-from edge_sdk.wire.messages import ModelReport
+
+__all__ = ["FedAvgConfig", "Package", "fedavg", "mean_accuracy", "measured", "patiently"]
 
 Package = Callable[[str, Factors], Path]
 """Writes an adapter release of that name and returns its folder."""
@@ -59,18 +69,25 @@ def fedavg(
     *,
     base: str,
     package: Package,
+    gate: Gate | None = None,
     resume: Commit | None = None,
 ) -> Program:
     """Run `cfg.rounds` rounds over the devices of `cohort`, whose bundle is release `base`.
 
+    `gate` decides whether a round is kept; without one, every round is.
+
     Raises:
         QuorumMissed: too few updates, `cfg.retries` times over.
     """
-    first = 0  # line 1 is the exchange's start
+    gate, kept, first = gate or Gate(), base, 0  # line 1 is the exchange's start
     if resume is not None:
         exchange.restore(resume.state["exchange"])
+        gate.restore(resume.state.get("gate", b""))
+        kept = resume.state.get("kept", base.encode()).decode()
         first = resume.step + 1
+    gate.start(exchange.factors)
     for step in range(first, cfg.rounds):  # line 2
+        before, figures = exchange.state(), gate.to_bytes()
         update = Ask(
             exchange.start(step, base, cfg.training),
             cohort,
@@ -79,54 +96,35 @@ def fedavg(
             check=exchange.check(),
         )
         replies = yield from patiently(update, cfg.retries)  # lines 3 and 4
-        merged, changes = exchange.receive(replies)  # line 5
-        if cfg.learn_codec and step == 0:
-            exchange.learn_codec(changes)
-        name = f"{base}-fedavg-{step + 1}"
-        release = yield Publish(exchange.family, name, package(name, exchange.factors), base=base)
-        reports = yield from measured(Ask(release.offer(), cohort, len(cohort), cfg.within_s))
+        merged, changes, fault = yield from merge(exchange, gate, replies)  # line 5
+        reports: tuple[Reply, ...] = ()
+        if not fault:
+            if cfg.learn_codec and exchange.codec.basis is None:
+                exchange.learn_codec(changes)
+            name = f"{base}-fedavg-{step + 1}"
+            folder = package(name, exchange.factors)
+            wish = Publish(exchange.family, name, folder, base, lineage(step, replies, merged))
+            fault, reports = yield from tried(wish, cohort, cfg.within_s, gate, instead=kept)
+        if fault:
+            exchange.roll_back(before)
+            gate.restore(figures)
+        else:
+            kept = name
         yield Note(
             {
                 "round": step,
                 "devices": len(replies),
-                "discarded": round(merged.discarded, 6),
+                "discarded": round(merged.discarded, 6) if merged else None,
                 "accuracy": mean_accuracy(reports),
+                **told(merged, fault),
             }
         )
-        yield Commit(step, {"exchange": exchange.state()})
-
-
-def patiently(request: Ask, retries: int) -> Generator[Request, Any, tuple[Reply, ...]]:
-    """Ask up to `retries` more times in the same words; replies that had arrived are kept.
-
-    Raises:
-        QuorumMissed: the last attempt missed its quorum too.
-    """
-    for left in range(retries, -1, -1):
-        try:
-            replies: tuple[Reply, ...] = yield request
-            return replies
-        except QuorumMissed as exc:
-            if left == 0:
-                raise
-            yield Note({"quorum_missed": str(exc), "retries_left": left})
-    raise AssertionError("unreachable")
-
-
-def measured(request: Ask) -> Generator[Request, Any, tuple[Reply, ...]]:
-    """Ask for reports; a missing quorum costs the numbers, not the round."""
-    try:
-        replies: tuple[Reply, ...] = yield request
-    except QuorumMissed as exc:
-        yield Note({"quorum_missed": str(exc)})
-        return ()
-    return replies
-
-
-def mean_accuracy(replies: tuple[Reply, ...]) -> float | None:
-    """Accuracy on the devices' own held-out text, weighted by its size; None without reports."""
-    reports = [reply.message for reply in replies if isinstance(reply.message, ModelReport)]
-    total = sum(report.examples for report in reports)
-    if total == 0:
-        return None
-    return round(sum(report.accuracy * report.examples for report in reports) / total, 4)
+        yield Commit(
+            step,
+            {
+                "exchange": exchange.state(),
+                "gate": gate.to_bytes(),
+                "kept": kept.encode(),
+                "outcome": b"discarded" if fault else b"kept",
+            },
+        )
