@@ -97,6 +97,9 @@ class Tenant:
     now: Callable[[], float] = time.time
     counted: list[tuple[str, str]] = field(default_factory=list)
     events: list[dict[str, object]] = field(default_factory=list)
+    tuf_root: bytes = b"root"
+    replies: list[tuple[str, AnyMessage]] = field(default_factory=list)
+    """(sender, message) of everything but enrolments and renewals."""
 
     def __post_init__(self) -> None:
         self.desk = Desk(settings(self.folder, self.name, self.enrolment), now=self.now)
@@ -152,10 +155,14 @@ class Tenant:
             for letter in self.desk.mailbox.unread():
                 message = decode(bytes(letter.message))
                 if isinstance(message, Enrol) and self.desk.fleet.is_active(message.device):
-                    answer: AnyMessage = Enrolled(message.device, b"root", self.desk.config.task)
+                    answer: AnyMessage = Enrolled(
+                        message.device, self.tuf_root, self.desk.config.task
+                    )
                     self.courier.send(message.device, answer, task=letter.task)
                 elif isinstance(message, RenewKeys):
                     self.courier.send(letter.sender, Renewed(message.task_id), task=letter.task)
+                elif not isinstance(message, Enrol):
+                    self.replies.append((letter.sender, message))
                 self.desk.mailbox.mark_read(letter.id)
 
 
