@@ -246,9 +246,13 @@ class Mailbox(Outbox):
             self._pass_window(db, header)
             key = (header.tenant, header.sender, header.task, header.kind)
             known = (
-                "SELECT 1 FROM letters WHERE tenant = ? AND sender = ? AND task = ? AND kind = ?"
+                "SELECT stream FROM letters"
+                " WHERE tenant = ? AND sender = ? AND task = ? AND kind = ?"
             )
-            if db.execute(known, key).fetchone():
+            first = db.execute(known, key).fetchone()
+            if first == (header.stream,):
+                return Acceptance.ALREADY  # the same, signed anew: its sender has a new key
+            if first:
                 raise RemoteProtocolError(
                     f"a second {header.kind} from {header.sender} for task {header.task}; "
                     "the first one stands"
