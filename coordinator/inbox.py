@@ -140,7 +140,8 @@ class Inbox:
                 self._renewed(letter, sender, message)
             elif not self._fleet.is_active(sender):
                 # Not a fault: nobody told it, and what it sent was asked for before.
-                self._put_away(letter, sender, message, "revoked or in quarantine")
+                kind = type(message).__name__
+                self._store.refuse(letter, sender, kind, "revoked or in quarantine")
             elif isinstance(message, WantFiles):
                 self._serve_files(letter, sender, message)
             elif isinstance(message, Refused):
@@ -228,8 +229,9 @@ class Inbox:
         self, letter: int, device: str, message: AnyMessage | None, reason: str, *, step: str
     ) -> None:
         """Put a letter away unused, and count a fault of its sender found at `step`."""
+        kind = type(message).__name__ if message is not None else "unreadable"
         with self._store.transaction():
-            kind = self._put_away(letter, device, message, reason)
+            self._store.refuse(letter, device, kind, reason)
             quarantined = self._fleet.fault(device, step, reason)
         self._tell_refusal(device, kind, reason, quarantined=quarantined)
 
@@ -238,10 +240,12 @@ class Inbox:
         quarantined = self._fleet.fault(device, "proportion", reason)
         self._tell_refusal(device, "AdapterUpdate", reason, quarantined=quarantined)
 
-    def _put_away(self, letter: int, device: str, message: AnyMessage | None, reason: str) -> str:
-        kind = type(message).__name__ if message is not None else "unreadable"
-        self._store.refuse(letter, device, kind, reason)
-        return kind
+    def put_away(self, waiting: Waiting, reason: str) -> None:
+        """Take a reply out of those waiting, unused; its device's task stays unanswered."""
+        with self._store.transaction():
+            self._store.refuse(waiting.letter, waiting.row.device, waiting.row.kind, reason)
+            self._store.set_ask_state(waiting.row.ask, "refused")
+        del self.waiting[waiting.letter]
 
     def _tell_refusal(self, device: str, kind: str, reason: str, *, quarantined: bool) -> None:
         reason = reason[:REASON_CHARS]

@@ -54,6 +54,7 @@ class Quorum:
             QuorumMissed: every device has answered and it is not enough.
         """
         fresh, late = self._candidates(used)
+        late = _once(fresh, late)
         # With need = everyone the round is synchronous: a late reply stands for nobody else's.
         pool = fresh if self.ask.need == len(self._rows) else fresh + late
         self._count = len({waiting.row.device for waiting, _ in pool})
@@ -86,7 +87,12 @@ class Quorum:
         return fresh, late
 
     def _passes(self, waiting: Waiting) -> bool:
-        if waiting.checked or self.ask.check is None:
+        if waiting.checked:
+            return True
+        if self._store.counted(waiting.row):
+            self._inbox.put_away(waiting, "this device has counted in this round already")
+            return False
+        if self.ask.check is None:
             return True
         try:
             self.ask.check(waiting.row.device, waiting.message)
@@ -100,8 +106,7 @@ class Quorum:
             self._inbox.refuse(
                 waiting.letter, waiting.row.device, waiting.message, reason, step="update"
             )
-            self._store.set_ask_state(waiting.row.ask, "refused")
-            del self._inbox.waiting[waiting.letter]
+            self._inbox.put_away(waiting, reason)
             return False
         waiting.checked = True
         return True
@@ -114,3 +119,18 @@ class Quorum:
             if now is None or now.state != "open" or not self._fleet.is_active(device):
                 lost.add(device)
         return lost
+
+
+def _once(fresh: Taken, late: Taken) -> Taken:
+    """The late replies without those of a round in which their device answers anyway.
+
+    A program that asks for one round in two ways (after a crash, say) would count a device twice.
+    """
+    seen = {(waiting.row.device, waiting.row.round) for waiting, _ in fresh}
+    kept: Taken = []
+    for waiting, staleness in late:
+        key = (waiting.row.device, waiting.row.round)
+        if key not in seen:
+            seen.add(key)
+            kept.append((waiting, staleness))
+    return kept

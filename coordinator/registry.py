@@ -186,6 +186,33 @@ class Registry:
                 self._publisher.withdraw(family, release)
         self._directed.pop(family, None)
 
+    def take_back(self, family: str, release: str, *, instead: str, reason: str) -> Release:
+        """Promote `instead` again, withdraw `release` and write why; again changes nothing.
+
+        Raises:
+            ConfigError: there is no release `instead`.
+        """
+        if not self.is_withdrawn(family, release):
+            self.promote(family, instead)
+            with self._store.transaction() as db:
+                db.execute(
+                    "UPDATE releases SET lineage = json_set(lineage, '$.rolled_back', ?)"
+                    " WHERE family = ? AND release = ?",
+                    (reason, family, release),
+                )
+            try:
+                self.withdraw(family, release)
+            except (
+                ConfigError,
+                ExportError,
+            ) as exc:  # e.g. its key is offline
+                logger.warning("%s/%s is not promoted but stays: %s", family, release, exc)
+        self.direct(family)
+        found = self.release(family, instead)
+        if found is None:
+            raise ConfigError(f"there is no release {family}/{instead} to return to")
+        return found
+
     # --- what there is ------------------------------------------------------------------------
 
     def require(self, family: str, release: str) -> None:

@@ -26,15 +26,19 @@ from coordinator.fleet import Fleet
 from coordinator.inbox import Inbox, Waiting
 from coordinator.programs import (
     Ask,
+    Blame,
     Commit,
     Note,
     Program,
     ProgramFactory,
     Publish,
+    Release,
     Reply,
     Request,
     Tell,
+    Withdraw,
 )
+from coordinator.progress import ProgressEvents
 from coordinator.quorum import Quorum, late_limit
 from coordinator.registry import Registry
 from coordinator.replies import Expected
@@ -44,11 +48,9 @@ from edge_sdk.link.courier import Courier
 from edge_sdk.link.sending import Progress
 from edge_sdk.wire.messages import AnyMessage, TextTask, encode
 from edge_sdk.wire.seal import Header
+from edge_sdk.wire.transfer import Refusal
 
 logger = logging.getLogger(__name__)
-
-PROGRESS_EVENTS_S = 0.25
-"""At most one progress event per stream in this time; a terminal shows no more."""
 
 
 class Stopped(FleetError):  # noqa: N818 - an event, not a fault
@@ -80,9 +82,10 @@ class Runner:
         self._courier: Courier | None = None
         self._stopping = False
         self._delivered: list[Waiting] = []  # used since the last Commit
+        self._blamed: list[Blame] = []  # since the last Commit
         self._asked: frozenset[str] = frozenset()
         self._last_progress = 0.0
-        self._shown: dict[bytes, float] = {}
+        self._show = ProgressEvents(events, clock)
         self._threads: list[threading.Thread] = []
         self.failure: BaseException | None = None
 
@@ -92,26 +95,16 @@ class Runner:
         """Called inside the transaction that accepts a message."""
         self._inbox.accept(header, message)
 
+    def refused(self, header: Header, refusal: Refusal, reason: str) -> None:
+        """Called for a message that its sender signed and that is malformed."""
+        self._inbox.refused(header, refusal, reason)
+
     def progress(self, progress: Progress) -> None:
         """Called as bytes move: a transfer with a device that was asked renews the deadline."""
-        now = self._clock()
         if progress.peer in self._asked:
             with self._inbox.changed:
-                self._last_progress = now
-        whole = progress.done_bytes >= progress.total_bytes
-        if not whole and now - self._shown.get(progress.stream, 0.0) < PROGRESS_EVENTS_S:
-            return
-        self._shown[progress.stream] = now
-        if whole:
-            self._shown.pop(progress.stream, None)
-        self._events(
-            "progress",
-            device=progress.peer,
-            kind=progress.kind,
-            outgoing=progress.outgoing,
-            fraction=round(progress.done_bytes / max(1, progress.total_bytes), 4),
-            total_bytes=progress.total_bytes,
-        )
+                self._last_progress = self._clock()
+        self._show(progress)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -179,7 +172,7 @@ class Runner:
             return
         self._store.start_run(run)
         resume = self._store.last_commit(run)
-        self._delivered = []
+        self._delivered, self._blamed = [], []
         logger.info("run %s starts after %s", run, "nothing" if resume is None else resume.step)
         program = factory(resume)
         step = 0 if resume is None else resume.step + 1
@@ -227,22 +220,47 @@ class Runner:
             case Commit():
                 self._commit(request, run)
             case Publish():
-                release = self._registry.publish(request)
-                self._events("published", family=release.family, release=release.release)
-                return release
+                return self._publish(request)
+            case Withdraw():
+                return self._withdraw(request)
+            case Blame():
+                self._blamed.append(request)
             case Note():
                 self._events("note", **{**request.values, "run": run, "step": step})
             case _:
                 raise LocalProtocolError(f"a program yielded {type(request).__name__}")
         return None
 
+    def _publish(self, wish: Publish) -> Release:
+        if self._registry.is_withdrawn(wish.family, wish.release):
+            return Release(wish.family, wish.release, (), withdrawn=True)
+        release = self._registry.publish(wish)
+        self._events("published", family=release.family, release=release.release)
+        return release
+
+    def _withdraw(self, wish: Withdraw) -> Release:
+        former = self._registry.take_back(
+            wish.family, wish.release, instead=wish.instead, reason=wish.reason
+        )
+        self._events(
+            "rolled_back",
+            family=wish.family,
+            release=wish.release,
+            instead=wish.instead,
+            reason=wish.reason,
+        )
+        return former
+
     def _commit(self, commit: Commit, run: str) -> None:
         used = [(waiting.letter, waiting.row.ask) for waiting in self._delivered]
-        self._store.commit(run, commit, used)
+        with self._store.transaction():
+            self._store.commit(run, commit, used)
+            for blame in self._blamed:
+                self._inbox.blame(blame.device, blame.reason)
         with self._inbox.changed:
             for waiting in self._delivered:
                 self._inbox.waiting.pop(waiting.letter, None)
-        self._delivered = []
+        self._delivered, self._blamed = [], []
         self._events("committed", run=run, step=commit.step, replies=len(used))
         self._sweep(run)
 

@@ -21,6 +21,7 @@ from coordinator.config import CoordinatorConfig, FamilySection
 from coordinator.desk import Desk
 from coordinator.events import Events
 from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
+from coordinator.replies import MOST_BYTES
 from coordinator.rollout import Book
 from coordinator.runner import Runner
 from coordinator.staging import Stager
@@ -76,6 +77,8 @@ class Service:
             accept=self.runner.accept,
             admit=self.desk.fleet.admit,
             progress=self.runner.progress,
+            refused=self.runner.refused,
+            limits=MOST_BYTES,
         )
         self._now = now
         self._stop = threading.Event()

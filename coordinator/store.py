@@ -5,7 +5,8 @@ Knows runs, asks, consumed replies, commits and events. Does not know programs, 
 
 The promise everything rests on: `commit` stores a step's state, marks the letters it used as
 consumed and read, and closes their asks, all in one transaction. A letter is in exactly one
-committed step or still waiting; `consumed` and `refused` are the record of it.
+committed step or still waiting; `consumed` and `refused` are the record of it. `counted` has one
+row per (tenant, device, run, round, kind): whatever a program does, a device counts once a round.
 """
 
 import hashlib
@@ -31,6 +32,10 @@ CREATE INDEX IF NOT EXISTS asks_by_words ON asks (run, device, digest, state);
 CREATE TABLE IF NOT EXISTS consumed (
   letter INTEGER PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL, ask INTEGER NOT NULL,
   device TEXT NOT NULL, kind TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS counted (
+  tenant TEXT NOT NULL, device TEXT NOT NULL, run TEXT NOT NULL, round TEXT NOT NULL,
+  kind TEXT NOT NULL, letter INTEGER NOT NULL UNIQUE, step INTEGER NOT NULL,
+  PRIMARY KEY (tenant, device, run, round, kind)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS refused (
   letter INTEGER PRIMARY KEY, device TEXT NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL,
   at REAL NOT NULL);
@@ -58,7 +63,10 @@ CREATE TABLE IF NOT EXISTS releases (
 
 @dataclass(frozen=True, slots=True)
 class AskRow:
-    """One task for one device. `state`: open, told (no reply awaited), refused, or closed."""
+    """One task for one device. `state`: open, told (no reply awaited), refused, or closed.
+
+    `round`: what a device may answer once; the task's round where it names one, else its own id.
+    """
 
     ask: int
     run: str
@@ -68,6 +76,12 @@ class AskRow:
     expected: str
     step: int
     state: str
+
+    @property
+    def round(self) -> str:
+        """The round that a reply to this task counts for."""
+        found = json.loads(self.expected).get("round") if self.expected else None
+        return self.task if found is None else str(found)
 
 
 _ASK_COLUMNS = "ask, run, device, kind, task, expected, step, state"
@@ -157,12 +171,27 @@ class Store:
                     " SELECT ?, run, ?, ask, device, kind FROM asks WHERE ask = ?",
                     (letter, commit.step, ask),
                 )
+                row = self._asks(db, "ask = ?", ask)[0]
+                db.execute(
+                    "INSERT INTO counted SELECT tenant, sender, ?, ?, ?, id, ? FROM letters"
+                    " WHERE id = ?",
+                    (run, row.round, row.kind, commit.step, letter),
+                )
                 db.execute("UPDATE asks SET state = 'closed' WHERE ask = ?", (ask,))
                 self.mailbox.mark_read(letter)
             db.execute(
                 "UPDATE asks SET state = 'closed' WHERE run = ? AND state IN ('told', 'refused')",
                 (run,),
             )
+
+    def counted(self, row: AskRow) -> bool:
+        """Say whether the device has counted in this task's round already."""
+        with self.transaction() as db:
+            found = db.execute(
+                "SELECT 1 FROM counted WHERE device = ? AND run = ? AND round = ? AND kind = ?",
+                (row.device, row.run, row.round, row.kind),
+            ).fetchone()
+        return found is not None
 
     def commits_since(self, run: str, step: int) -> int:
         """Return how many commits of `run` are of `step` or later."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from coordinator.events import Events
 from coordinator.fleet import Fleet
 from coordinator.registry import Registry
+from coordinator.replies import MOST_BYTES
 from coordinator.runner import Runner
 from coordinator.store import Store
 from edge_sdk.link.courier import Courier
@@ -115,6 +116,8 @@ class Coordinator:
             accept=self.runner.accept,
             admit=self.fleet.admit,
             progress=self.runner.progress,
+            refused=self.runner.refused,
+            limits=MOST_BYTES,
             patience_s=0.2,
         )
 
