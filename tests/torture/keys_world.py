@@ -54,8 +54,8 @@ path = "none"
 name = "kind"
 prompt = "Request: {{text}}\\nKind:"
 generation_prompt = "A request ({{label}}):"
-labels = ["open", "list"]
-words = [" open", " list"]
+labels = ["open", "list", "name"]
+words = [" open", " list", " name"]
 """
 
 
