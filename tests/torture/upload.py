@@ -77,7 +77,7 @@ class Measured:
                 name: round(used / self.seconds / 2, 3) for name, used in self.cpu_s.items()
             },
             "peak_mb": {name: round(mb) for name, mb in self.peak_mb.items()},
-            "bytes_on_the_wire_per_byte": round(self.resent, 3),
+            "sent_per_received_byte": round(self.resent, 3),
         }
 
 
@@ -142,7 +142,7 @@ def _measured(
     start = marks[0][0] + _WARM_S
     inside = [mark for mark in marks if start <= mark[0] <= start + seconds]
     rate = (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0]) / 1e6
-    accepted, wire = marks[-1][1], mine["wire"]
+    wire = sum(one["wire"] for one in told.values())
     return Measured(
         rate=rate,
         slowest=_slowest(inside, 5.0),
@@ -159,7 +159,7 @@ def _measured(
             "coordinator": mine["peak_mb"],
             "publisher": max(one["peak_mb"] for one in told.values()),
         },
-        resent=wire / max(1, accepted),
+        resent=wire / max(1, mine["wire"]),
     )
 
 
@@ -244,7 +244,7 @@ def _publish(setup: Setup, name: str) -> None:
             if time.monotonic() > deadline + _DRAIN_S:
                 break
     mailbox.close()
-    _tell(setup, name, {})
+    _tell(setup, name, {"wire": sum(courier.bytes_up.values())})
 
 
 def _update(task: str, number: int, codes: bytes) -> AdapterUpdate:
