@@ -18,6 +18,8 @@ from amqtt.plugins.base import BaseAuthPlugin, BaseTopicPlugin
 
 from edge_sdk.link.passwords import check_password, may_read, may_write, read_password_file
 
+LOOK_S = 0.5
+"""How often the password file is looked at for users who may not stay."""
 _HERE = "edge_sdk.link.amqtt_broker"
 
 
@@ -64,8 +66,24 @@ async def _serve(folder: Path, port: int) -> None:
     await broker.start()
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()
+    watching = asyncio.create_task(_throw_out(broker, folder / "passwords"))
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    watching.cancel()
     await broker.shutdown()
+
+
+async def _throw_out(broker: Broker, passwords: Path) -> None:
+    """End the sessions of users who are no longer in the password file, as mosquitto does."""
+    seen = 0
+    while True:
+        await asyncio.sleep(LOOK_S)
+        changed = passwords.stat().st_mtime_ns
+        if changed == seen:
+            continue
+        seen, allowed = changed, read_password_file(passwords)
+        for session, handler in list(broker.sessions.values()):
+            if session.username not in allowed:
+                await handler.handle_connection_closed()
 
 
 if __name__ == "__main__":

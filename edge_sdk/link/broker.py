@@ -5,8 +5,6 @@ For demos, tests and a first deployment on one machine; larger fleets bring thei
 """
 
 import logging
-import os
-import pwd
 import shutil
 import signal
 import socket
@@ -20,33 +18,13 @@ from typing import Literal
 from urllib.parse import quote
 
 from edge_sdk.errors import ConfigError, LinkError
-from edge_sdk.link.passwords import MOSQUITTO_ACL, write_password_file
+from edge_sdk.link.broker_files import Listener, check_users, drop_user, write_broker
+from edge_sdk.link.passwords import write_password_file
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["mosquitto", "amqtt"]
 
-_MOSQUITTO = """\
-listener {port} 127.0.0.1
-allow_anonymous false
-use_username_as_clientid true
-password_file {folder}/passwords
-acl_file {folder}/acl
-persistence false
-user {user}
-# Above our largest message (320 KiB), far below what fills a small machine.
-max_packet_size 524288
-# Per client, for one that reads slowly; beyond it the broker drops and the courier resends.
-max_queued_bytes 33554432
-max_queued_messages 2000
-max_inflight_messages 20
-set_tcp_nodelay true
-memory_limit 536870912
-sys_interval 0
-log_dest stderr
-log_type error
-log_type warning
-"""
 _START_S = 15.0  # amqtt imports for two seconds on a slow machine
 _STOP_S = 5.0
 _PORT_TRIES = 5
@@ -95,9 +73,20 @@ class Broker:
 
     def add_user(self, user: str, password: str) -> None:
         """Let one more user in; those connected stay connected."""
-        _check_users({user: password})
+        check_users({user: password})
         self._users[user] = password
         write_password_file(self._folder / "passwords", self._users)
+        if self.kind == "mosquitto":
+            self._process.send_signal(signal.SIGHUP)
+
+    def drop_user(self, user: str) -> None:
+        """Let `user` in no more and end its session.
+
+        Raises:
+            ConfigError: no such user.
+        """
+        self._users.pop(user, None)
+        drop_user(self._folder, user)
         if self.kind == "mosquitto":
             self._process.send_signal(signal.SIGHUP)
 
@@ -133,18 +122,17 @@ def start_broker(
         ConfigError: no broker is installed, or a user name or password cannot be used.
         LinkError: the broker did not start; the message holds the end of its log.
     """
-    _check_users(users)
+    check_users(users)
     kind, command = _choose(prefer)
     home = Path(folder).absolute()
     home.mkdir(parents=True, exist_ok=True)
-    write_password_file(home / "passwords", users)
     failure = ""
     for _ in range(_PORT_TRIES if port == 0 else 1):
         chosen = port or _free_port()
         if not _is_free(chosen):
             failure = f"port {chosen} is in use; choose another, or 0 for any"
             continue
-        process = _launch(kind, command, home, chosen)
+        process = _launch(kind, command, home, chosen, users)
         if _wait_until_it_listens(process, chosen):
             logger.info("%s listens on 127.0.0.1:%d", kind, chosen)
             return Broker(kind, chosen, process, home, users)
@@ -170,15 +158,6 @@ def _choose(prefer: Kind | None) -> tuple[Kind, list[str]]:
     return "amqtt", [sys.executable, "-m", "edge_sdk.link.amqtt_broker"]
 
 
-def _check_users(users: Mapping[str, str]) -> None:
-    for user, password in users.items():
-        if not user or any(c in user for c in ":/+#\r\n") or not password or "\n" in password:
-            raise ConfigError(
-                f"broker user {user!r} cannot be used; a name has none of ':/+#' and "
-                "a password is one line"
-            )
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -196,18 +175,16 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _launch(kind: Kind, command: list[str], home: Path, port: int) -> subprocess.Popen[bytes]:
+def _launch(
+    kind: Kind, command: list[str], home: Path, port: int, users: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     with open(home / "broker.log", "wb") as log:
         if kind == "mosquitto":
-            acl = home / "acl"
-            acl.write_text(MOSQUITTO_ACL)
-            acl.chmod(0o600)
-            user = pwd.getpwuid(os.getuid()).pw_name
-            config = home / "mosquitto.conf"
-            config.write_text(_MOSQUITTO.format(port=port, folder=home, user=user))
+            config = write_broker(home, [Listener(port)], users=users, keep=False)
             return subprocess.Popen(
                 [*command, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=log
             )
+        write_password_file(home / "passwords", users)
         return subprocess.Popen(
             [*command, str(home), str(port)],
             stdin=subprocess.PIPE,

@@ -45,7 +45,12 @@ def _digest(password: str, salt: bytes, iterations: int) -> bytes:
 
 def write_password_file(path: Path, users: Mapping[str, str]) -> None:
     """Write `{user: password}` hashed, in one step, readable by the file's owner only."""
-    text = "".join(f"{user}:{hash_password(password)}\n" for user, password in users.items())
+    write_hashes(path, {user: hash_password(password) for user, password in users.items()})
+
+
+def write_hashes(path: Path, hashes: Mapping[str, str]) -> None:
+    """Write `{user: hash}` in one step, readable by the file's owner only."""
+    text = "".join(f"{user}:{hashed}\n" for user, hashed in hashes.items())
     fresh = path.with_name(path.name + ".new")
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
