@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.wire.messages import Count, Name, TextTask
+from edge_sdk.wire.messages import Count, FilePath, Name, Text, TextTask, Word
 
 MANIFEST_FILE = "symbiont.json"
 ADAPTER_FILE = "adapter.onnx_adapter"
@@ -46,11 +46,11 @@ class ReleaseManifest(Struct, frozen=True, forbid_unknown_fields=True):
     architecture: str
     context: Count
     tokenizer_sha256: Sha256
-    files: dict[str, FileEntry]
-    adapter_slots: dict[str, tuple[Rows, Rows]] = {}
+    files: Annotated[dict[FilePath, FileEntry], Meta(max_length=4096)]
+    adapter_slots: Annotated[dict[Word, tuple[Rows, Rows]], Meta(max_length=16_384)] = {}
     rank_max: Annotated[int, Meta(ge=0, le=1024)] = 0
-    parity: dict[str, float] = {}
-    lineage: dict[str, str] = {}
+    parity: Annotated[dict[Word, float], Meta(max_length=1024)] = {}
+    lineage: Annotated[dict[Word, Text], Meta(max_length=1024)] = {}
     task: TextTask | None = None
     base_release: Name | None = None
 

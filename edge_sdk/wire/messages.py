@@ -6,6 +6,7 @@ A message is a frozen struct encoded as MessagePack. The vocabulary is small on 
 algorithm should be a new program over these words (DECISIONS.md lists why each word exists).
 """
 
+import struct
 from typing import Annotated
 
 import msgspec
@@ -20,6 +21,19 @@ Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][
 Text = Annotated[str, Meta(max_length=65_536)]
 Unit = Annotated[float, Meta(ge=0.0, le=1.0)]
 Count = Annotated[int, Meta(ge=0, le=2**40)]
+Word = Annotated[str, Meta(max_length=256)]
+"""A label, a family, a layer or a codec's name."""
+FilePath = Annotated[str, Meta(max_length=1024)]
+
+# Numbers of items are bounded before any is read: eight million zeros are 8 MB on the wire and
+# 400 MB as Python's floats.
+Texts = Annotated[tuple[Text, ...], Meta(max_length=65_536)]
+Words = Annotated[tuple[Word, ...], Meta(max_length=65_536)]
+Units = Annotated[tuple[Unit, ...], Meta(max_length=65_536)]
+Paths = Annotated[tuple[FilePath, ...], Meta(max_length=4096)]
+Stages = Annotated[dict[Word, float], Meta(max_length=256)]
+"""Seconds by stage of the work."""
+
 Csr = Annotated[bytes, Meta(max_length=4096)]
 """A PKCS#10 request (DER) for a certificate that the broker believes; empty for none."""
 Certificate = Annotated[bytes, Meta(max_length=16_384)]
@@ -37,8 +51,8 @@ class TextTask(Struct, frozen=True, forbid_unknown_fields=True):
     name: Name
     prompt: Text
     generation_prompt: Text
-    labels: Annotated[tuple[str, ...], Meta(min_length=2, max_length=256)]
-    words: Annotated[tuple[str, ...], Meta(min_length=2, max_length=256)]
+    labels: Annotated[tuple[Word, ...], Meta(min_length=2, max_length=256)]
+    words: Annotated[tuple[Word, ...], Meta(min_length=2, max_length=256)]
 
 
 class Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -65,8 +79,8 @@ class TrainAdapter(Message, frozen=True):
     adapter_seed: Count
     rank: Annotated[int, Meta(ge=1, le=1024)]
     alpha: Annotated[float, Meta(gt=0)]
-    targets: tuple[str, ...]
-    codec_id: str
+    targets: Annotated[tuple[Word, ...], Meta(max_length=1024)]
+    codec_id: Word
     codec: bytes
     steps: Count
     batch: Annotated[int, Meta(ge=1, le=4096)]
@@ -81,8 +95,8 @@ class Score(Message, frozen=True):
 
     task_id: Name
     release: Name
-    texts: tuple[Text, ...]
-    labels: tuple[str, ...]
+    texts: Texts
+    labels: Words
 
 
 class OfferModel(Message, frozen=True):
@@ -94,8 +108,8 @@ class OfferModel(Message, frozen=True):
     task_id: Name
     family: Name
     release: Name
-    metadata: dict[str, bytes]
-    targets: tuple[str, ...]
+    metadata: Annotated[dict[FilePath, bytes], Meta(max_length=1024)]
+    targets: Paths
 
 
 class OfferData(Message, frozen=True):
@@ -103,9 +117,9 @@ class OfferData(Message, frozen=True):
 
     task_id: Name
     version: Count
-    texts: tuple[Text, ...]
-    labels: tuple[str, ...]
-    weights: tuple[Unit, ...]
+    texts: Texts
+    labels: Words
+    weights: Units
 
 
 # --- replies, device -> coordinator -----------------------------------------------------------
@@ -117,12 +131,12 @@ class AdapterUpdate(Message, frozen=True):
     task_id: Name
     round: Count
     release: Name
-    codec_id: str
+    codec_id: Word
     codes: bytes
     examples: Count
     raw_bytes: Count
     cosine: Annotated[float, Meta(ge=-1.0, le=1.0)]
-    seconds: dict[str, float]
+    seconds: Stages
     peak_mb: float
 
 
@@ -130,22 +144,28 @@ class Scores(Message, frozen=True):
     """One number in [0, 1] per text of the Score task."""
 
     task_id: Name
-    scores: tuple[Unit, ...]
+    scores: Units
 
 
 class WantFiles(Message, frozen=True):
-    """The device lacks these target files of an offered release; answered by one File each."""
+    """The device lacks these target files of an offered release; answered by File messages."""
 
     task_id: Name
-    paths: tuple[str, ...]
+    paths: Paths
 
 
 class File(Message, frozen=True):
-    """One target file of a release. Trusted only after TUF has checked its hash."""
+    """One target file of a release, or a part of one. Trusted only after TUF has checked its hash.
+
+    `size` is that of the whole file where `data` are its bytes from `offset`; 0 where `data` are
+    the file.
+    """
 
     task_id: Name
-    path: str
+    path: FilePath
     data: bytes
+    offset: Count = 0
+    size: Count = 0
 
 
 class ModelReport(Message, frozen=True):
@@ -157,7 +177,7 @@ class ModelReport(Message, frozen=True):
     examples: Count
     tokens_per_s: float
     peak_mb: float
-    seconds: dict[str, float]
+    seconds: Stages
 
 
 class Refused(Message, frozen=True):
@@ -178,7 +198,7 @@ class Enrol(Message, frozen=True):
     device: Name
     identity_key: bytes
     receive_key: bytes
-    families: tuple[str, ...]
+    families: Annotated[tuple[Word, ...], Meta(max_length=256)]
     memory_mb: Count
     csr: Csr = b""
 
@@ -231,6 +251,7 @@ AnyMessage = (
     | Renewed
 )
 
+_BIN_32 = struct.Struct(">BI")  # MessagePack's longest byte string: its type, then its length
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
@@ -248,6 +269,17 @@ def encode(message: AnyMessage) -> bytes:
             f"{MAX_MESSAGE_BYTES}; send it in smaller parts"
         )
     return data
+
+
+def file_head(file: File, data_bytes: int) -> bytes:
+    """Return the bytes of `file` up to its data, of which `data_bytes` follow from elsewhere.
+
+    So a part of a large file is sent without being read into a message first.
+    """
+    fields = {"type": "File", **msgspec.structs.asdict(file)}
+    del fields["data"]
+    whole = _encoder.encode({**fields, "data": b""})  # ends with an empty "bin 8"
+    return whole[:-2] + _BIN_32.pack(0xC6, data_bytes)
 
 
 def decode(data: bytes) -> AnyMessage:
