@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from compression import tensor_file
 from compression.basis import F16, Basis
 from compression.blocks import KINDS, MAX_TENSORS, Layout
 from compression.errors import CodecError
@@ -52,13 +52,13 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
     if len(data) > MAX_FILE_BYTES:
         raise CodecError(f"a codec file of {len(data)} bytes is over {MAX_FILE_BYTES}")
     try:
-        tensors = load(data)
-        record = json.loads(record_of(data))
+        tensors, metadata = tensor_file.read(data)
+        record = json.loads(metadata["codec"])
         if record["format"] != FORMAT:
             raise CodecError(f"codec format {record['format']!r}; this version reads {FORMAT}")
         names, shapes = tuple(record["names"]), tuple(tuple(shape) for shape in record["shapes"])
         method, ratio, block = record["method"], record["ratio"], record["block"]
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as exc:
+    except (KeyError, TypeError, ValueError, RecursionError) as exc:
         if isinstance(exc, CodecError):
             raise
         raise CodecError(f"not a codec file: {exc}") from exc
@@ -69,12 +69,6 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
         raise CodecError("not a codec file: a field has the wrong type")
     layout = Layout(names, shapes, block)
     return layout, method, ratio, _basis(tensors, layout) if "tensor_levels" in tensors else None
-
-
-def record_of(data: bytes) -> str:
-    """The JSON record inside a codec file; safetensors' numpy reader does not return metadata."""
-    length = int.from_bytes(data[:8], "little")
-    return str(json.loads(data[8 : 8 + length])["__metadata__"]["codec"])
 
 
 def encoder_graph(layout: Layout, basis: Basis) -> bytes:

@@ -7,14 +7,13 @@ late. The residual is kept in float64 so that this holds to the last bits over t
 Source: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019 (arXiv 1901.09847), algorithm 2.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from compression import tensor_file
 from compression.blocks import Layout
 from compression.errors import CodecError
 
@@ -83,20 +82,11 @@ class FeedbackState:
         if not data:
             return state
         try:
-            residual = load(data)["residual"]
-            layout = bytes.fromhex(_metadata(data)["layout"])
-        except (SafetensorError, KeyError, ValueError, TypeError) as exc:
+            tensors, metadata = tensor_file.read(data)
+            residual, layout = tensors["residual"], bytes.fromhex(metadata["layout"])
+        except (KeyError, ValueError) as exc:
             raise CodecError(f"not a feedback state: {exc}") from exc
         if residual.dtype != np.float64 or residual.ndim != 2 or not np.isfinite(residual).all():
             raise CodecError("not a feedback state: the residual must be finite float64 blocks")
         state._residual, state._layout = residual.copy(), layout
         return state
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    metadata = header.get("__metadata__")
-    if not isinstance(metadata, dict):
-        raise KeyError("metadata")
-    return metadata

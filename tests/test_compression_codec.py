@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compression import codec_file
+from compression import tensor_file
 from compression.blocks import Layout
 from compression.codec import Compressor, FeedbackState
 from compression.errors import CodecError
@@ -432,7 +432,7 @@ def test_an_encoder_that_is_not_orthonormal_is_refused(learned: Compressor) -> N
     data = learned.to_bytes()
     tensors = load(data)
     tensors["encoder.A"] = (tensors["encoder.A"] * 1.5).astype(np.float16)
-    meta = codec_file.record_of(data)
+    meta = tensor_file.read(data)[1]["codec"]
     with pytest.raises(CodecError, match="orthonormal"):
         Compressor.from_bytes(save(tensors, metadata={"codec": meta}))
 

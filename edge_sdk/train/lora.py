@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
+from compression import tensor_file
+from compression.errors import CodecError
 from edge_sdk.errors import ConfigError, RemoteProtocolError
 
 F32 = npt.NDArray[np.float32]
@@ -209,8 +210,8 @@ def from_bytes(data: bytes) -> Factors:
         RemoteProtocolError: not such a blob, or it holds something else than finite matrices.
     """
     try:
-        tensors = load(data)
-    except (SafetensorError, KeyError, ValueError) as exc:
+        tensors, _ = tensor_file.read(data)
+    except CodecError as exc:
         raise RemoteProtocolError(f"not an adapter: {exc}") from exc
     for key, value in tensors.items():
         if value.ndim != 2 or value.dtype != np.float16 or not np.isfinite(value).all():

@@ -34,7 +34,7 @@ def parse_toml(
     """
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (tomllib.TOMLDecodeError, RecursionError) as exc:
         raise ConfigError(f"{source} is not valid TOML: {exc}") from exc
     for key, value in overrides.items():
         _override(table, cls, key, value)
