@@ -1,4 +1,4 @@
-"""The coordinator's commands: `coordinator init|serve|status|lineage`, `device token|list|revoke`.
+"""The coordinator's commands: `coordinator init|serve|status|lineage|keys`.
 
 Knows argparse and what is printed. Does not know what it does: each command is a few calls.
 torch is loaded by `serve` alone.
@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coordinator import release_commands
+from coordinator import broker_commands, device_commands, release_commands
 from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
+from coordinator.warden import want_rotation
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire.config_rules import parse_overrides, template
 
@@ -64,20 +65,13 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
         _add_config(parser)
         parser.set_defaults(run=run)
 
-    device = subparsers.add_parser("device", help="enrol, list and revoke devices")
-    verbs = device.add_subparsers(title="verbs", metavar="VERB", required=True)
-    token = verbs.add_parser("token", help="print a one-time enrolment code")
-    token.add_argument("--device", required=True, help="the device's id, chosen by you")
-    token.add_argument("--hours", type=float, default=1.0, help="how long it is good, up to 24")
-    _add_config(token)
-    token.set_defaults(run=_token)
-    listing = verbs.add_parser("list", help="all devices")
-    _add_config(listing)
-    listing.set_defaults(run=_list)
-    revoke = verbs.add_parser("revoke", help="refuse a device from now on")
-    revoke.add_argument("device")
-    _add_config(revoke)
-    revoke.set_defaults(run=_revoke)
+    keys = verbs.add_parser("keys", help="the public keys in use, and when they change")
+    keys.add_argument("--rotate", action="store_true", help="replace the epoch key now")
+    _add_config(keys)
+    keys.set_defaults(run=_keys)
+
+    device_commands.register(subparsers)
+    broker_commands.register(subparsers)
     release_commands.register(subparsers)
 
 
@@ -168,38 +162,27 @@ def _lineage(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _token(arguments: argparse.Namespace) -> int:
+def _keys(arguments: argparse.Namespace) -> int:
     with _desk(arguments) as desk:
-        code = desk.token(arguments.device, lasts_s=arguments.hours * 3600)
-    shown = {"device": code.device, "code": code.to_text(), "expires_s": code.expires_s}
-    until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(code.expires_s))
-    _show(
-        arguments,
-        shown,
-        f"{code.to_text()}\n"
-        f"Good once, for {code.device}, until {until}. It is not shown again. On the device:\n"
-        "  symbiont edge enrol <code>",
-    )
-    return 0
-
-
-def _list(arguments: argparse.Namespace) -> int:
-    with _desk(arguments) as desk:
-        devices = [d.summary() for d in desk.fleet.list()]
-    lines = [
-        f"{d['device']:<24} {d['state']:<12} faults {d['faults']:<3} seen "
-        + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(d["last_seen"]))
-        for d in devices
-    ]
-    _show(arguments, {"devices": devices}, "\n".join(lines) or "no devices yet")
-    return 0
-
-
-def _revoke(arguments: argparse.Namespace) -> int:
-    with _desk(arguments) as desk:
-        desk.fleet.revoke(arguments.device)
-    shown = {"device": arguments.device, "state": "revoked"}
-    _show(arguments, shown, f"{arguments.device} is revoked")
+        if arguments.rotate:
+            want_rotation(desk)
+        public = desk.identity.public
+        made_s, retired = desk.ring.made_s, desk.ring.retired
+        shown = {
+            "root": desk.root.public.sign_id.hex(),
+            "sign": public.sign_id.hex(),
+            "receive": public.receive_id.hex(),
+            "made_s": made_s,
+            "retired": retired,
+            "rotation_wanted": bool(arguments.rotate),
+        }
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(made_s))
+    text = f"root {shown['root']}\nsigning {shown['sign']}\nepoch {shown['receive']}, made {made}"
+    if retired:
+        text += f"\n{retired} older epoch keys still open what was sealed for them"
+    if arguments.rotate:
+        text += "\na running service replaces the epoch key within a second"
+    _show(arguments, shown, text)
     return 0
 
 

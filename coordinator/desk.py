@@ -12,10 +12,13 @@ Knows the state folder's layout. Does not know links or programs, and loads no t
 import os
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from coordinator.authority import Authority
 from coordinator.config import CoordinatorConfig
+from coordinator.door import Door
 from coordinator.fleet import DeviceState, Fleet
 from coordinator.registry import Registry
 from coordinator.store import Store
@@ -24,7 +27,7 @@ from edge_sdk.store.keyring import Keyring
 from edge_sdk.store.keys import load_or_create
 from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.enrolment import EnrolmentCode, root_key_hash, sign_bundle
-from edge_sdk.wire.messages import Enrolled, encode
+from edge_sdk.wire.messages import Enrol, Enrolled, decode, encode
 from edge_sdk.wire.seal import Identity
 from exporters.publisher import Publisher
 
@@ -87,13 +90,23 @@ class Desk:
         with self.store.transaction():
             waited = self.fleet.get(device)
             self.fleet.approve(device)
-            if waited is not None and waited.state == DeviceState.PENDING:
-                answer = Enrolled(device, registry.root(), self.config.task)
-                task = f"approved-{os.urandom(8).hex()}"
-                self.mailbox.put(device, type(answer).__name__, task, encode(answer))
+            if waited is None or waited.state != DeviceState.PENDING:
+                return
+            certificate = b""
+            for letter in self.mailbox.unread():
+                if letter.kind == "Enrol" and letter.sender == device:
+                    words = decode(bytes(letter.message))
+                    if isinstance(words, Enrol) and words.csr:
+                        certificate = self.authority.certify(device, words.csr)
+                    self.mailbox.mark_read(letter.id)
+            answer = Enrolled(device, registry.root(), self.config.task, certificate)
+            task = f"approved-{os.urandom(8).hex()}"
+            self.mailbox.put(device, type(answer).__name__, task, encode(answer))
 
-    def revoke(self, device: str) -> None:
+    def revoke(self, device: str) -> str:
         """Refuse everything from `device` from now on, and send it nothing that still waits.
+
+        Returns what became of its session with the broker, in a few words.
 
         Raises:
             EnrolmentError: there is no such device.
@@ -102,6 +115,26 @@ class Desk:
             self.fleet.revoke(device)
             for stream in self.mailbox.pending(device):
                 self.mailbox.mark_done(stream)
+        if not self.config.service.broker_dir:
+            return "open until the broker's operator ends it (service.broker_dir is not set)"
+        return self.door.throw_out(device)
+
+    @cached_property
+    def authority(self) -> Authority:
+        """The tenant's certificate authority, made when first asked for."""
+        service = self.config.service
+        return Authority(
+            self.folder / "keys",
+            self.store,
+            tenant=service.tenant,
+            days=service.certificate_days,
+            now=self.now,
+        )
+
+    @cached_property
+    def door(self) -> Door:
+        """The broker that runs on this machine from `service.broker_dir`."""
+        return Door(Path(self.config.service.broker_dir), self.authority)
 
     def recall(self, name: str) -> int:
         """Return a number that services and commands share, 0 before `note`."""

@@ -15,7 +15,7 @@ from coordinator.registry import Registry
 from coordinator.replies import Expected, check_reply, figures
 from coordinator.store import AskRow, Store
 from edge_sdk.errors import RemoteProtocolError, StorageError
-from edge_sdk.link.courier import Courier, part
+from edge_sdk.link.courier import Courier
 from edge_sdk.wire.messages import (
     AnyMessage,
     Enrol,
@@ -156,7 +156,7 @@ class Inbox:
         self._courier.forget(enrol.device)
         found = self._fleet.get(enrol.device)
         if found is not None and found.state == DeviceState.PENDING:
-            self._store.mailbox.mark_read(letter)  # `device approve` sends the answer
+            # The letter stays unread: `device approve` answers it.
             self._events("pending", device=enrol.device)
             return
         certificate = self._certify(enrol.device, enrol.csr)
@@ -186,15 +186,14 @@ class Inbox:
         assert self._courier is not None
         if len(set(want.paths)) != len(want.paths) or len(want.paths) > MOST_PATHS:
             raise RemoteProtocolError(f"{len(want.paths)} files at once, or one of them twice")
-        files = [File(want.task_id, path, self._registry.read(path)) for path in want.paths]
+        sources = {path: self._registry.file(path) for path in want.paths}
         with self._store.transaction():
-            for file in files:
-                task = part(want.task_id, file.path)
-                self._courier.send(sender, file, task=task)
+            for path, source in sources.items():
+                named = File(want.task_id, path, b"")
+                self._courier.send_file(sender, named, source, task=want.task_id)
             self._store.mailbox.mark_read(letter)
-        self._events(
-            "files", device=sender, count=len(files), bytes=sum(len(f.data) for f in files)
-        )
+        total = sum(source.stat().st_size for source in sources.values())
+        self._events("files", device=sender, count=len(sources), bytes=total)
 
     def _note_refusal(self, letter: int, sender: str, refused: Refused) -> None:
         row = self._row_of(sender, refused.task_id)

@@ -29,6 +29,10 @@ from edge_sdk.link.passwords import (
 PACKET_BYTES = 524_288
 """Above our largest frame (a manifest of 512 MiB is 320 KiB), far below what fills a machine."""
 
+AUTHORITY_FILE, CRL_FILE = "authority.pem", "revoked.pem"
+"""The tenant's authority and its list of revoked certificates, in a folder with mutual TLS."""
+_MUTUAL_FILE = "mutual.url"
+
 _HEAD = """\
 # A strict broker for Symbiont, made by `symbiont broker config`. Change nothing to start it:
 #   mosquitto -c {folder}/mosquitto.conf
@@ -111,10 +115,14 @@ log_type warning
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Where the broker listens. With `cert` and `key` over TLS, with `ca` and `crl` mutual."""
+    """Where the broker listens. With `cert` and `key` over TLS, with `ca` and `crl` mutual.
+
+    `host` is the name that the broker's certificate is for.
+    """
 
     port: int
     bind: str = "127.0.0.1"
+    host: str = ""
     cert: str = ""
     key: str = ""
     ca: str = ""
@@ -123,7 +131,8 @@ class Listener:
     @property
     def url(self) -> str:
         """The url for clients on this machine."""
-        return f"{'mqtts' if self.cert else 'mqtt'}://{self.bind}:{self.port}"
+        host = self.host or ("127.0.0.1" if self.bind in ("", "0.0.0.0") else self.bind)
+        return f"{'mqtts' if self.cert else 'mqtt'}://{host}:{self.port}"
 
     def check(self) -> None:
         """Check that the parts fit.
@@ -170,11 +179,20 @@ def write_broker(
         acl.write_text(MOSQUITTO_ACL, encoding="utf-8")
         acl.chmod(0o600)
         write_hashes(home / "passwords", {u: hash_password(p) for u, p in users.items()})
+        mutual = [each.url for each in listeners if each.ca]
+        if mutual:
+            (home / _MUTUAL_FILE).write_text(mutual[0], encoding="ascii")
         path = home / "mosquitto.conf"
         path.write_text("".join(parts), encoding="utf-8")
     except OSError as exc:
         raise StorageError(f"cannot write the broker's files in {home}: {exc}") from exc
     return path
+
+
+def mutual_url(folder: Path) -> str:
+    """Return the url at which the broker of `folder` asks for certificates, "" for nowhere."""
+    path = folder / _MUTUAL_FILE
+    return path.read_text(encoding="ascii").strip() if path.exists() else ""
 
 
 def check_users(users: Mapping[str, str]) -> None:
