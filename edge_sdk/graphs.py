@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_sdk.errors import TrustError
+from edge_sdk.plain_files import open_plain
 
 GRAPH_SUFFIX = ".onnx"
 CONFIG_FILE = "genai_config.json"
@@ -142,7 +143,7 @@ def check_graph(
     name = source.name if isinstance(source, Path) else "the model"
     try:
         if isinstance(source, Path):
-            with source.open("rb") as file:
+            with open_plain(source) as file:
                 size = os.fstat(file.fileno()).st_size
                 if not 0 < size <= limits.graph:
                     raise TrustError(f"it has {size} bytes; allowed: 1 to {limits.graph}")

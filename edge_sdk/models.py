@@ -40,6 +40,7 @@ from edge_sdk.errors import (
     TrustError,
 )
 from edge_sdk.graphs import OPERATORS, check_bundle, check_files
+from edge_sdk.plain_files import open_plain
 from edge_sdk.trust import TargetFile, TrustedRelease, held_targets, is_target
 from edge_sdk.wire.manifest import ADAPTER_FILE, MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import Name, OfferModel
@@ -147,6 +148,33 @@ class ModelStore:
         """
         with _stored("keep a received file in"):
             _replace(self._incoming / _flat(path), data)
+
+    def put_piece(self, path: str, data: bytes, *, offset: int, size: int) -> bool:
+        """Keep a part of a received file of `size` bytes; return whether all of it is here now.
+
+        Parts come in any order, and the same one twice after a crash.
+
+        Raises:
+            TrustError: a part beyond the end of the file.
+            StorageError: the disk refuses.
+        """
+        if offset + len(data) > size:
+            raise TrustError(f"a part of {path} lies beyond its {size} bytes")
+        kept = self._incoming / _flat(path)
+        noted = kept.with_suffix(".parts")
+        with _stored("keep a part of a received file in"):
+            parts = msgspec.json.decode(noted.read_bytes()) if noted.exists() else {}
+            handle = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                if not parts:
+                    file.truncate(0)
+                file.seek(offset)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            parts[str(offset)] = len(data)
+            _replace(noted, msgspec.json.encode(parts))
+        return sum(parts.values()) == size
 
     def put_file(self, path: str, source: Path) -> None:
         """As `put`, for bytes that are in the file `source`, which is moved, not read.
@@ -513,7 +541,7 @@ def _copy(source: Path, path: Path) -> None:
     """Copy to another file system, piece by piece; complete under its name or not there."""
     handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
-        with os.fdopen(handle, "wb") as file, source.open("rb") as old:
+        with os.fdopen(handle, "wb") as file, open_plain(source) as old:
             shutil.copyfileobj(old, file, 1 << 20)
             file.flush()
             os.fsync(file.fileno())

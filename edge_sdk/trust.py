@@ -12,14 +12,11 @@ Ours, beside them: where the owner's targets name a director, a release must be 
 device or to everyone, by an entry that repeats the hash of the release's manifest.
 """
 
-import errno
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from tuf.api import exceptions as tuf
 from tuf.api._payload import Root, TargetFile, Targets
@@ -36,9 +33,10 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
+from edge_sdk.plain_files import open_plain
 from edge_sdk.wire.manifest import MANIFEST_FILE, director_path
 
-__all__ = ["TargetFile", "TrustedRelease", "held_targets", "is_target", "open_plain"]
+__all__ = ["TargetFile", "TrustedRelease", "held_targets", "is_target"]
 
 _HERE = "offer:/"  # URLs name places inside an offer; nothing is ever fetched from anywhere
 
@@ -167,21 +165,6 @@ def is_target(path: Path, target: TargetFile) -> bool:
     except (OSError, tuf.LengthOrHashMismatchError):
         return False
     return True
-
-
-def open_plain(path: Path) -> BinaryIO:
-    """Open a file to read, if it is a regular file with one name: no link of any kind, no pipe.
-
-    Raises:
-        OSError: it is not, or cannot be opened.
-    """
-    # Without O_NONBLOCK a named pipe would hold us until somebody writes to it.
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    seen = os.fstat(handle)
-    if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1:
-        os.close(handle)
-        raise OSError(errno.EPERM, "not one plain file", str(path))
-    return os.fdopen(handle, "rb")
 
 
 class _OfferFetcher(FetcherInterface):

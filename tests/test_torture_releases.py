@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture import b6_updates
+from tests.torture import b5_hostile_onnx, b6_updates
 from tests.torture.result import Scale
 
 
@@ -26,3 +26,13 @@ def test_b6_notices_an_attack_that_succeeds(
 
     assert (result.value, result.passed) == (1, False)
     assert str(result.notes["harmless"]).startswith("ACCEPTED")
+
+
+@pytest.mark.parametrize("case", b5_hostile_onnx.CASES, ids=lambda case: case.name)
+def test_a_hostile_model_reads_nothing_outside(case: b5_hostile_onnx.Case, tmp_path: Path) -> None:
+    assert b5_hostile_onnx.trial(case, tmp_path / "x") == {"reads": 0, "unsigned_loads": 0}
+
+
+def test_b5_watches_what_it_says(tmp_path: Path) -> None:
+    assert b5_hostile_onnx.bare_runtime_follows(tmp_path / "bare")
+    assert b5_hostile_onnx.run(Scale.SHORT, 7, tmp_path / "all").passed
