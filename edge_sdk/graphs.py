@@ -116,13 +116,14 @@ def check_files(folder: Path) -> dict[str, int]:
     try:
         if folder.is_symlink():
             raise TrustError(f"the release folder {folder.name} is a link")
-        for entry in os.scandir(folder):
-            seen = entry.stat(follow_symlinks=False)
-            if not stat.S_ISREG(seen.st_mode):
-                raise TrustError(f"{entry.name} is not a plain file")
-            if seen.st_nlink != 1:
-                raise TrustError(f"{entry.name} has a second name elsewhere (a hard link)")
-            sizes[entry.name] = seen.st_size
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                seen = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(seen.st_mode):
+                    raise TrustError(f"{entry.name} is not a plain file")
+                if seen.st_nlink != 1:
+                    raise TrustError(f"{entry.name} has a second name elsewhere (a hard link)")
+                sizes[entry.name] = seen.st_size
     except OSError as exc:
         raise TrustError(f"the release folder {folder.name} cannot be read: {exc}") from exc
     return sizes
