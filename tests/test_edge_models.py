@@ -15,7 +15,8 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
-from edge_sdk.models import Held, ModelStore, child_probe
+from edge_sdk.models import MAX_STARTS, Held, ModelStore, child_probe
+from edge_sdk.wire.manifest import GOLDEN_FILE
 from edge_sdk.wire.messages import OfferModel
 from exporters.publisher import Publisher
 from tests.edge_world import fingerprint, offer, releases
@@ -40,7 +41,10 @@ class Device:
 
     def open(self) -> ModelStore:
         return ModelStore(
-            self.folder, root=self.publisher.root(), probe=lambda held: self.probe(held)
+            self.folder,
+            root=self.publisher.root(),
+            probe=lambda held: self.probe(held),
+            device="d1",
         )
 
     def fetch(self, wanted: OfferModel) -> tuple[str, ...]:
@@ -226,6 +230,7 @@ def test_the_trial_runs_in_another_process_under_limits(device: Device) -> None:
     held = device.install("r1")
 
     child_probe(timeout_s=60)(held)
+    # 100 MiB are too few even to begin.
     with pytest.raises(RuntimeFailure, match="failed its trial"):
         child_probe(timeout_s=60, memory_mb=100)(held)
     started = time.monotonic()
@@ -267,3 +272,141 @@ def test_a_link_does_not_arrive(device: Device, tmp_path: Path) -> None:
             device.store.put_file("tiny/r1/model.onnx", tmp_path / name)
     with pytest.raises(StorageError):
         device.store.put_file("tiny/r1/model.onnx", tmp_path / "absent")
+
+
+# --- what runs is what was signed, at every start -------------------------------------------------
+
+
+def test_a_release_that_never_answers_gives_way_after_some_starts(device: Device) -> None:
+    first = device.install("r1")
+    assert device.store.ready() == first
+    device.store.prove()
+    device.install("r2")
+
+    for _ in range(MAX_STARTS):  # each of these processes is killed before the first answer
+        held = device.open().ready()
+        assert held is not None
+        assert held.release == "r2"
+    device.store = device.open()
+
+    assert device.store.ready() == first
+    assert device.store.proven
+    with pytest.raises(RuntimeFailure, match="5 times before it answered"):
+        device.install("r2")
+    assert device.open().ready() == first
+
+
+def test_a_proven_release_may_be_started_as_often_as_one_likes(device: Device) -> None:
+    device.install("r1")
+    held = device.store.ready()
+    device.store.prove()
+
+    for _ in range(MAX_STARTS + 2):
+        assert device.open().ready() == held
+
+
+def test_an_altered_file_is_repaired_from_an_equal_one(device: Device) -> None:
+    first = device.install("r1")
+    device.install("r2")  # shares its tokenizer with r1
+    damaged = device.folder / "bundles" / "r2" / "tokenizer.json"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b" ")
+    store = device.open()
+
+    held = store.ready()
+
+    assert held is not None
+    assert held.release == "r2"
+    assert damaged.read_bytes() == (Path(first.bundle) / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("harm", ["bit", "missing", "extra", "hard link", "time set back"])
+def test_an_altered_model_gives_way_and_is_fetched_again(
+    device: Device, harm: str, tmp_path: Path
+) -> None:
+    first = device.install("r1")
+    held = device.install("r2")
+    store = device.open()
+    assert store.ready() == held  # hashed once, and remembered
+    graph = Path(held.bundle) / "model.onnx"
+    good, seen = graph.read_bytes(), graph.stat()
+    match harm:
+        case "bit" | "time set back":
+            graph.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+            if harm == "time set back":
+                os.utime(graph, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+        case "missing":
+            graph.unlink()
+        case "extra":
+            (graph.parent / "more").write_bytes(b"x")
+        case "hard link":
+            os.link(graph, tmp_path / "second-name")
+
+    ready = store.ready()
+
+    if harm == "extra":  # all signed bytes are there, so the folder is made anew
+        assert ready == held
+        assert not (graph.parent / "more").exists()
+        return
+    assert ready == first
+    missing = device.store.missing(offer(device.publisher, "r2"), now=_now())
+    assert missing == ("tiny/r2/model.onnx",)
+    device.store = store
+    assert device.install("r2").release == "r2"
+    assert graph.read_bytes() == good
+
+
+def test_an_altered_only_model_is_named(device: Device) -> None:
+    held = device.install("r1")
+    (Path(held.bundle) / "model.onnx").write_bytes(b"x")
+
+    with pytest.raises(DigestError, match=r"tiny/r1/model\.onnx was altered or lost on this disk"):
+        device.open().ready()
+
+
+def test_a_withdrawn_release_is_neither_loaded_nor_returned_to(device: Device) -> None:
+    device.install("r1")
+    device.install("r2")
+    device.publisher.withdraw("tiny", "a1")
+    device.publisher.withdraw("tiny", "r1")
+    wanted = offer(device.publisher, "r2")
+    device.store.missing(wanted, now=_now())
+
+    store = device.open()
+    store.roll_back()
+    with pytest.raises(TrustError, match="release r1 was withdrawn"):
+        store.ready()
+
+
+def test_an_operator_that_is_not_on_the_list_stops_an_install(device: Device) -> None:
+    strict = ModelStore(
+        device.folder.with_name("strict"),
+        root=device.publisher.root(),
+        probe=_no_probe,
+        operators=frozenset({"Add"}),
+    )
+    device.store = strict
+
+    with pytest.raises(TrustError, match="not on this device's list"):
+        device.install("r1")
+    assert strict.current is None
+
+
+# --- the trial ------------------------------------------------------------------------------------
+
+
+def test_other_answers_than_at_the_export_fail_the_trial(device: Device) -> None:
+    held = device.install("r1")
+    golden = Path(held.bundle) / GOLDEN_FILE
+    other = Path(device.install("r2").bundle) / GOLDEN_FILE
+    data = golden.read_bytes()
+
+    golden.write_bytes(other.read_bytes())
+    with pytest.raises(RuntimeFailure, match="from those of its export; allowed"):
+        child_probe(timeout_s=60)(held)
+    golden.write_bytes(b"{}")
+    with pytest.raises(RuntimeFailure, match=r"golden\.json is malformed"):
+        child_probe(timeout_s=60)(held)
+    golden.unlink()  # a bundle made before there were golden answers
+    child_probe(timeout_s=60)(held)
+    golden.write_bytes(data)
+    child_probe(timeout_s=60)(held)
