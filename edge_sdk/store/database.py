@@ -159,9 +159,14 @@ def _run(actions: list[Callable[[], None]]) -> None:
 
 
 def _open(path: Path) -> sqlite3.Connection:
-    # Private from its first byte: SQLite gives the log files the rights of the main one.
+    # Private from its first byte: SQLite gives the log files the rights of the main one. A file
+    # that is there is not opened here: closing any descriptor of it would drop the locks of a
+    # connection that this process may have already, and the next process to close would then take
+    # the log away from under it.
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        pass
     except OSError as exc:
         raise StorageError(f"cannot open {path}: {exc}; check the folder and its rights") from exc
     return sqlite3.connect(path, check_same_thread=False)
