@@ -6,6 +6,7 @@ what the coordinator accepted is written down in `counted`, in the transaction t
 """
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -40,11 +41,12 @@ from edge_sdk.wire.messages import (
 from edge_sdk.wire.seal import Header
 
 SOON_S = 20.0
-_SETTINGS = """
+SETTINGS = """
 [service]
 tenant = "{tenant}"
 state_dir = "{folder}"
 enrolment = "{enrolment}"
+{more}
 [program]
 name = "fedavg"
 [[families]]
@@ -61,7 +63,7 @@ words = [" open", " list", " name"]
 
 def settings(folder: Path, tenant: str, enrolment: str = "token") -> CoordinatorConfig:
     """Return settings of a coordinator whose state is in `folder`."""
-    text = _SETTINGS.format(tenant=tenant, folder=folder, enrolment=enrolment)
+    text = SETTINGS.format(tenant=tenant, folder=folder, enrolment=enrolment, more="")
     return parse_toml(text, CoordinatorConfig, "torture")
 
 
@@ -71,6 +73,13 @@ def mqtt(broker: Broker, user: str) -> MqttLink:
     return MqttLink(
         broker.url_for(user), first_retry_s=0.05, last_retry_s=0.3, mqtt_version=version
     )
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def until(true: Callable[[], object], what: str, timeout_s: float = SOON_S) -> None:
@@ -100,9 +109,14 @@ class Tenant:
     tuf_root: bytes = b"root"
     replies: list[tuple[str, AnyMessage]] = field(default_factory=list)
     """(sender, message) of everything but enrolments and renewals."""
+    config: CoordinatorConfig | None = None
+    """Settings to use instead of `folder`, `name` and `enrolment`."""
+    times: list[tuple[str, float]] = field(default_factory=list)
+    """(sender, monotonic time) of everything accepted."""
 
     def __post_init__(self) -> None:
-        self.desk = Desk(settings(self.folder, self.name, self.enrolment), now=self.now)
+        config = self.config or settings(self.folder, self.name, self.enrolment)
+        self.desk = Desk(config, now=self.now)
         self.courier = Courier(
             self.link,
             self.desk.mailbox,
@@ -148,6 +162,7 @@ class Tenant:
         if isinstance(message, RenewKeys):
             self.desk.fleet.renew(header.sender, message)
         self.counted.append((header.sender, header.task))
+        self.times.append((header.sender, time.monotonic()))
 
     def _serve(self) -> None:
         while not self._closing.is_set():
