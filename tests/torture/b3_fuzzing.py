@@ -26,17 +26,6 @@ MAX_RSS_MB = 512
 MAX_INPUT_BYTES = 4096
 WORKERS = 2
 _NASTY = (b"\0", b"\xff", b"\x7f", b"\x80", b"[", b"{", b"..", b"\r\n", b"\xdd\xff\xff\xff\xff")
-    b"\0",
-    b"\xff",
-    b"\x7f",
-    b"\x80",
-    b"[",
-    b"{",
-    b'"',
-    b"..",
-    b"\r\n",
-    b"\xdd\xff\xff\xff\xff",
-)
 
 
 def run(scale: Scale, seed: int, folder: Path) -> Result:
