@@ -60,6 +60,9 @@ _SESSION_OPTIONS = frozenset(
         "provider_options",
     }
 )
+_VALUES = frozenset({4, 5, 6, 7, 9, 10, 11})
+"""The fields of TensorProto that hold values: floats, integers, strings or raw bytes."""
+_PER_BYTE = 8  # no element type is smaller than a bit
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 
 
@@ -344,8 +347,11 @@ def _walk_sparse(data: _Data, span: _Span, found: Graph, limits: Limits) -> None
 
 def _walk_tensor(data: _Data, span: _Span, found: Graph, limits: Limits) -> None:
     elements, outside, place = 1, False, dict[str, str]()
+    held = 0
     for number, value, inner in _fields(data, *span):
-        if number == 1:  # TensorProto.dims, packed or not
+        if number in _VALUES:
+            held += 1 + inner[1] - inner[0]  # one value, or bytes of them
+        elif number == 1:  # TensorProto.dims, packed or not
             for size in _varints(data, inner) if inner[1] > inner[0] else (value,):
                 elements *= size
                 if elements > limits.elements:
@@ -361,6 +367,8 @@ def _walk_tensor(data: _Data, span: _Span, found: Graph, limits: Limits) -> None
             outside |= value != 0
     if outside:
         found.outside.append(place)
+    elif elements > _PER_BYTE * held:
+        raise TrustError(f"a stored tensor announces {elements} elements and holds fewer")
 
 
 def _pair(data: _Data, span: _Span) -> dict[str, str]:

@@ -17,6 +17,9 @@ from msgspec import inspect
 
 from edge_sdk.errors import ConfigError
 
+MAX_LINE_CHARS = 4096
+"""A key of 5,000 dots is 10 KB of text and 100 MB in the parser; a line bounds a key."""
+
 C = TypeVar("C", bound=msgspec.Struct)
 NOTHING: Mapping[str, object] = {}
 
@@ -32,6 +35,8 @@ def parse_toml(
     Raises:
         ConfigError: not TOML, an unknown key, a wrong type, a value out of range, a missing key.
     """
+    if any(len(line) > MAX_LINE_CHARS for line in text.splitlines()):
+        raise ConfigError(f"{source} has a line of more than {MAX_LINE_CHARS} characters")
     try:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as exc:
