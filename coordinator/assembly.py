@@ -17,8 +17,10 @@ from coordinator.config import CoordinatorConfig, FamilySection, TextsSection
 from coordinator.distill import merge
 from coordinator.events import Events
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.gate import Gate
 from coordinator.llm import Llm, Update
 from coordinator.programs import Commit, Program, ProgramFactory
+from coordinator.robust import Rule
 from coordinator.texts import read_texts
 from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
@@ -54,20 +56,27 @@ def program_of(
         twin = Twin.from_bundle(
             family.name, bundle, config.task, spec, seed=seed, dtype=quickest_dtype()
         )
-        return twin, AdapterExchange(family.name, twin.layout, spec, seed=seed)
+        return twin, AdapterExchange(family.name, twin.layout, spec, seed=seed, rule=_rule(config))
 
+    judged = _texts(config.evaluation, labelled=True)
     if config.program.name == "fedavg":
 
         def build_fedavg(resume: Commit | None) -> Program:
             _take_threads(config)
-            _, exchange = twin_and_exchange()
-            plan = _fedavg_config(config)
-            return fedavg(exchange, cohort, plan, base=base, package=package, resume=resume)
+            twin, exchange = twin_and_exchange()
+            return fedavg(
+                exchange,
+                cohort,
+                _fedavg_config(config),
+                base=base,
+                package=package,
+                gate=_gate(config, twin, judged, events),
+                resume=resume,
+            )
 
         return build_fedavg
 
     public = [text for text, _ in _texts(config.public, labelled=False)]
-    judged = _texts(config.evaluation, labelled=True)
 
     def build_crosslm(resume: Commit | None) -> Program:
         _take_threads(config)
@@ -96,6 +105,7 @@ def program_of(
             measure=measure,
             stage=events.stage,
             seed=seed,
+            gate=_gate(config, twin, judged, events),
             resume=resume,
         )
 
@@ -121,6 +131,25 @@ def _training(config: CoordinatorConfig) -> LocalTraining:
         synthetic_weight=adapter.synthetic_weight,
         ratio=adapter.ratio,
     )
+
+
+def _rule(config: CoordinatorConfig) -> Rule:
+    found = config.defence
+    return Rule(found.aggregation, found.clip, found.refuse, found.max_norm, found.examples)
+
+
+def _gate(
+    config: CoordinatorConfig, twin: Twin, judged: list[tuple[str, str]], events: Events
+) -> Gate:
+    """The gate of one program; it judges by the twin where there are labelled texts."""
+    rows = judged[: config.defence.judged]
+    texts, labels = [text for text, _ in rows], [label for _, label in rows]
+
+    def judge(factors: Factors) -> tuple[float, int]:
+        with events.stage("judge"):
+            return twin.accuracy(texts, labels, factors), len(texts)
+
+    return Gate(config.defence.max_drop, judge if rows else None)
 
 
 def _fedavg_config(config: CoordinatorConfig) -> FedAvgConfig:

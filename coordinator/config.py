@@ -176,6 +176,67 @@ class AdapterSection(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 16.0
 
 
+class DefenceSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What one device may do to all: bounds on its updates, and what its faults cost it."""
+
+    aggregation: Annotated[
+        Literal["mean", "geometric-median"],
+        Meta(
+            description="geometric-median withstands hostile devices below the bounds, "
+            "as long as they have less than half of the weight."
+        ),
+    ] = "mean"
+    clip: Annotated[
+        float,
+        Meta(ge=1, le=1000, description="A change counts at most this many times the median's."),
+    ] = 3.0
+    refuse: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1e6,
+            description="One this many times the median's is left out and is a fault; 0: never.",
+        ),
+    ] = 30.0
+    max_norm: Annotated[
+        float,
+        Meta(gt=0, le=1e9, description="Norm of a change of B·A beyond which it is refused."),
+    ] = 1e4
+    examples: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=1e6,
+            description="A device weighs at most this many times the median number of examples; "
+            "the numbers are the devices' own words.",
+        ),
+    ] = 2.0
+    max_drop: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="A round is rolled back if accuracy falls by more than this and chance; "
+            "1 keeps every round. Measured on [evaluation], and by the median device.",
+        ),
+    ] = 0.05
+    judged: Annotated[
+        int,
+        Meta(ge=0, le=100_000, description="Texts of [evaluation] that judge a round; 0: none."),
+    ] = 200
+    faults: Annotated[
+        int,
+        Meta(ge=1, le=10_000, description="Malformed or outsized messages before quarantine."),
+    ] = 5
+    fault_days: Annotated[
+        float, Meta(gt=0, le=3650, description="Days after which a fault is forgotten.")
+    ] = 7.0
+    quarantine_hours: Annotated[
+        float,
+        Meta(ge=0, le=87_600, description="How long it lasts; 0: until `device approve`."),
+    ] = 0.0
+
+
 class LlmSection(Struct, frozen=True, forbid_unknown_fields=True):
     """The large model that writes and is taught. fedavg does without."""
 
@@ -229,6 +290,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     task: TextTask
     program: ProgramSection = ProgramSection()
     adapter: AdapterSection = AdapterSection()
+    defence: DefenceSection = DefenceSection()
     llm: LlmSection = LlmSection()
     public: TextsSection = TextsSection()
     evaluation: TextsSection = TextsSection()

@@ -20,6 +20,7 @@ from coordinator.authority import Authority
 from coordinator.config import CoordinatorConfig
 from coordinator.door import Door
 from coordinator.fleet import DeviceState, Fleet
+from coordinator.quarantine import FaultRule
 from coordinator.registry import Registry
 from coordinator.store import Store
 from edge_sdk.errors import StorageError
@@ -58,6 +59,11 @@ class Desk:
             tenant=config.service.tenant,
             now=now,
             approve=config.service.enrolment == "approve",
+            rule=FaultRule(
+                config.defence.faults,
+                within_s=config.defence.fault_days * 86_400,
+                lasts_s=config.defence.quarantine_hours * 3600,
+            ),
         )
 
     def __enter__(self) -> Self:

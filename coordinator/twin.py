@@ -156,10 +156,12 @@ class Twin:
         result: F32 = self.jury(texts)[np.arange(len(texts)), wanted]
         return result
 
-    def accuracy(self, texts: Sequence[str], labels: Sequence[str]) -> float:
-        """Share of texts that the global model puts under the right label."""
+    def accuracy(
+        self, texts: Sequence[str], labels: Sequence[str], factors: Factors | None = None
+    ) -> float:
+        """Share of texts put under the right label, by the global factors or by those given."""
         wanted = np.array([self.reader.label_index(label) for label in labels])
-        return float(np.mean(self.probs(texts).argmax(axis=1) == wanted))
+        return float(np.mean(self.probs(texts, factors).argmax(axis=1) == wanted))
 
 
 def verdict(votes: F32, leanings: F32 | None) -> F32:
