@@ -14,7 +14,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from edge_sdk.errors import ConfigError
 from edge_sdk.link.broker_files import AUTHORITY_FILE, CRL_FILE, Listener, write_broker
-from edge_sdk.link.passwords import COORDINATOR
+from edge_sdk.link.passwords import COORDINATOR, coordinator_of
 from edge_sdk.store.keys import write_private
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
     config.add_argument(
         "--enrol-port", type=int, default=8884, help="with --mtls: TLS and passwords, to enrol"
     )
+    config.add_argument(
+        "--tenant",
+        action="append",
+        default=[],
+        help="carry this tenant's topics alone; may be repeated, with coordinators named "
+        "coordinator.TENANT (default: any tenant)",
+    )
     config.add_argument("--config", type=Path, default=Path("coordinator.toml"))
     config.add_argument("--json", action="store_true", help="print one JSON object")
     config.set_defaults(run=_config)
@@ -61,11 +68,16 @@ def _config(arguments: argparse.Namespace) -> int:
     else:
         listeners = _secure(arguments, folder, port, advice)
     advice["service.broker"] = listeners[0].url
-    password = secrets.token_urlsafe(24)
-    path = write_broker(folder, listeners, users={COORDINATOR: password}, keep=True)
+    several = len(arguments.tenant) > 1
+    names = [coordinator_of(t) for t in arguments.tenant] if several else [COORDINATOR]
+    users = {name: secrets.token_urlsafe(24) for name in names}
+    path = write_broker(folder, listeners, users=users, keep=True, tenants=arguments.tenant)
+    for name, password in users.items():
+        write_private(folder / f"{name}.password", password.encode() + b"\n")
     if not arguments.mtls:
-        write_private(folder / "coordinator.password", password.encode() + b"\n")
-        advice["service.password_file"] = str(folder / "coordinator.password")
+        advice["service.password_file"] = str(folder / f"{names[0]}.password")
+    if several:
+        advice["service.username"] = names[0]
     shown = {"config": str(path), "urls": [each.url for each in listeners], "settings": advice}
     lines = [f"wrote {path}", f"start it:  mosquitto -c {path}", "in coordinator.toml:"]
     lines += [f'  {key.removeprefix("service.")} = "{value}"' for key, value in advice.items()]

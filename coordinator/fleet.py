@@ -364,5 +364,5 @@ def _check_device(device: str) -> None:
         raise ConfigError(
             f"{device!r} is not a device name; use letters, digits, '.', '_' and '-', at most 128"
         ) from exc
-    if device == RESERVED:
+    if device == RESERVED or device.startswith(RESERVED + "."):
         raise ConfigError(f"{RESERVED!r} is the coordinator's own name; choose another")

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -110,13 +110,15 @@ def start_broker(
     users: Mapping[str, str],
     port: int = 0,
     prefer: Kind | None = None,
+    tenants: Sequence[str] = (),
 ) -> Broker:
     """Start a broker on 127.0.0.1 that lets in `users` ({name: password}) and nobody else.
 
     User `<device>` may write `v1/+/<device>/up` and read `v1/+/<device>/down` and
     `v1/+/coordinator/keys`; user `coordinator` may use everything under `v1`. The configuration
-    and a log are written to `folder`. `port` 0 picks a free one. Without `prefer`, mosquitto is
-    used if it is installed, else amqtt.
+    and a log are written to `folder`. `tenants` are those whose topics mosquitto carries, empty for
+    any; user `coordinator.<tenant>` may use everything of that tenant. `port` 0 picks a free one.
+    Without `prefer`, mosquitto is used if it is installed, else amqtt.
 
     Raises:
         ConfigError: no broker is installed, or a user name or password cannot be used.
@@ -132,7 +134,7 @@ def start_broker(
         if not _is_free(chosen):
             failure = f"port {chosen} is in use; choose another, or 0 for any"
             continue
-        process = _launch(kind, command, home, chosen, users)
+        process = _launch(kind, command, home, chosen, users, tenants)
         if _wait_until_it_listens(process, chosen):
             logger.info("%s listens on 127.0.0.1:%d", kind, chosen)
             return Broker(kind, chosen, process, home, users)
@@ -176,11 +178,16 @@ def _is_free(port: int) -> bool:
 
 
 def _launch(
-    kind: Kind, command: list[str], home: Path, port: int, users: Mapping[str, str]
+    kind: Kind,
+    command: list[str],
+    home: Path,
+    port: int,
+    users: Mapping[str, str],
+    tenants: Sequence[str],
 ) -> subprocess.Popen[bytes]:
     with open(home / "broker.log", "wb") as log:
         if kind == "mosquitto":
-            config = write_broker(home, [Listener(port)], users=users, keep=False)
+            config = write_broker(home, [Listener(port)], users=users, keep=False, tenants=tenants)
             return subprocess.Popen(
                 [*command, "-c", str(config)], stdout=subprocess.DEVNULL, stderr=log
             )

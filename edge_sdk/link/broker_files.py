@@ -20,8 +20,8 @@ from pathlib import Path
 
 from edge_sdk.errors import ConfigError, StorageError
 from edge_sdk.link.passwords import (
-    MOSQUITTO_ACL,
     hash_password,
+    mosquitto_acl,
     read_password_file,
     write_hashes,
 )
@@ -152,11 +152,17 @@ class Listener:
 
 
 def write_broker(
-    folder: Path, listeners: Sequence[Listener], *, users: Mapping[str, str], keep: bool
+    folder: Path,
+    listeners: Sequence[Listener],
+    *,
+    users: Mapping[str, str],
+    keep: bool,
+    tenants: Sequence[str] = (),
 ) -> Path:
     """Write all files of a broker into `folder` and return its configuration file.
 
-    `users` are {name: password}. `keep`: over restarts, and with a process id to signal.
+    `users` are {name: password}. `keep`: over restarts, and with a process id to signal. `tenants`:
+    those whose topics it carries, empty for any.
 
     Raises:
         ConfigError: a listener's parts do not fit.
@@ -176,7 +182,7 @@ def write_broker(
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         acl = home / "acl"
-        acl.write_text(MOSQUITTO_ACL, encoding="utf-8")
+        acl.write_text(mosquitto_acl(tenants), encoding="utf-8")
         acl.chmod(0o600)
         write_hashes(home / "passwords", {u: hash_password(p) for u, p in users.items()})
         mutual = [each.url for each in listeners if each.ca]

@@ -9,7 +9,7 @@ import binascii
 import hashlib
 import hmac
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 COORDINATOR = "coordinator"
@@ -63,12 +63,17 @@ def read_password_file(path: Path) -> dict[str, str]:
     return dict(line.split(":", 1) for line in lines if ":" in line)
 
 
+def coordinator_of(tenant: str) -> str:
+    """Return the broker user of a coordinator that shares its broker with other tenants'."""
+    return f"{COORDINATOR}.{tenant}"
+
+
 def may_write(user: str, topic: str) -> bool:
     """Whether `user` may publish on `topic`; decided by the broker, never by the client."""
     levels = topic.split("/")
     if levels[0] != "v1":
         return False
-    return user == COORDINATOR or (len(levels) == 4 and levels[2:] == [user, "up"])
+    return _coordinates(user, levels) or (len(levels) == 4 and levels[2:] == [user, "up"])
 
 
 def may_read(user: str, topic: str) -> bool:
@@ -76,18 +81,29 @@ def may_read(user: str, topic: str) -> bool:
     levels = topic.split("/")
     if levels[0] != "v1":
         return False
-    if user == COORDINATOR:
+    if _coordinates(user, levels):
         return True
     # A filter with wildcards in the last two levels equals neither list, so it is refused.
     return len(levels) == 4 and levels[2:] in ([user, "down"], [COORDINATOR, "keys"])
 
 
-MOSQUITTO_ACL = f"""\
-user {COORDINATOR}
-topic readwrite v1/#
+def _coordinates(user: str, levels: list[str]) -> bool:
+    return user == COORDINATOR or (len(levels) > 1 and user == coordinator_of(levels[1]))
 
-pattern write v1/+/%u/up
-pattern read v1/+/%u/down
-pattern read v1/+/{COORDINATOR}/keys
-"""
-"""The rules of `may_write` and `may_read` in mosquitto's language."""
+
+def mosquitto_acl(tenants: Iterable[str] = ()) -> str:
+    """Return the rules of `may_write` and `may_read` in mosquitto's language.
+
+    With `tenants`, for their topics alone, and each may have a coordinator of its own.
+    """
+    named = list(tenants)
+    lines = [f"user {COORDINATOR}", "topic readwrite v1/#", ""]
+    for tenant in named:
+        lines += [f"user {coordinator_of(tenant)}", f"topic readwrite v1/{tenant}/#", ""]
+    for tenant in named or ["+"]:
+        lines += [
+            f"pattern write v1/{tenant}/%u/up",
+            f"pattern read v1/{tenant}/%u/down",
+            f"pattern read v1/{tenant}/{COORDINATOR}/keys",
+        ]
+    return "\n".join(lines) + "\n"
