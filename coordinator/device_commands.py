@@ -77,14 +77,23 @@ def _let_in(desk: Desk, device: str) -> dict[str, str]:
 
 def _list(arguments: argparse.Namespace) -> int:
     with _desk(arguments) as desk:
-        devices = [d.summary() for d in desk.fleet.list()]
+        desk.fleet.quarantine.expire()
+        devices = [{**d.summary(), **desk.fleet.quarantine.of(d.device)} for d in desk.fleet.list()]
     lines = [
         f"{d['device']:<24} {d['state']:<12} faults {d['faults']:<3} seen "
         + time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(d["last_seen"]))
+        + (f"\n    last fault: {d['last_fault']}" if d["last_fault"] else "")
+        + (f"\n    {_term(d['quarantined_until'])}" if d["state"] == "quarantined" else "")
         for d in devices
     ]
     _show(arguments, {"devices": devices}, "\n".join(lines) or "no devices yet")
     return 0
+
+
+def _term(until: float | None) -> str:
+    if not until:
+        return "in quarantine until `symbiont device approve` lifts it"
+    return f"in quarantine until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(until))}"
 
 
 def _approve(arguments: argparse.Namespace) -> int:
