@@ -103,7 +103,7 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         lives = []
         for clock in clocks:
             name, late = f"{clock}-device", f"{clock}-late"
-            expired = tenant.code(late, lasts_s=1.0).to_text()
+            expired = tenant.code(late, lasts_s=1e-3).to_text()
             life = _Life(folder, broker, name, users[name], CLOCKS[clock], shim)
             life.start(tenant.code(name).to_text())
             lives.append(
