@@ -115,13 +115,20 @@ class ModelDesk:
             raise TrustError("a file came that the offer does not name")
         watch = Stopwatch()
         with watch.stage("verify"):
-            self._models.put(file.path, file.data)
+            if not self._keep(file):
+                return Handled()
             missing = self._models.missing(offer, now=now)
         if file.path in missing:
             raise TrustError(f"{file.path} is not the file that was signed")
         if missing:
             return Handled()
         return self._install(offer, now, watch)
+
+    def _keep(self, file: File) -> bool:
+        if not file.size:
+            self._models.put(file.path, file.data)
+            return True
+        return self._models.put_piece(file.path, file.data, offset=file.offset, size=file.size)
 
     def _install(self, offer: OfferModel, now: datetime, watch: Stopwatch) -> Handled:
         before = self._models.current

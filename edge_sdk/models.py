@@ -163,7 +163,11 @@ class ModelStore:
         kept = self._incoming / _flat(path)
         noted = kept.with_suffix(".parts")
         with _stored("keep a part of a received file in"):
-            parts = msgspec.json.decode(noted.read_bytes()) if noted.exists() else {}
+            parts: dict[str, int] = (
+                msgspec.json.decode(noted.read_bytes(), type=dict[str, int])
+                if noted.exists()
+                else {}
+            )
             handle = os.open(kept, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             with os.fdopen(handle, "wb") as file:
                 if not parts:

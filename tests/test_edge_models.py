@@ -261,6 +261,22 @@ def test_a_file_that_arrived_on_disk_is_moved_in_and_may_come_twice(
     assert device.store.install(wanted, now=_now()).release == "r1"
 
 
+def test_a_file_that_comes_in_parts_is_whole_when_all_are_here(device: Device) -> None:
+    wanted = offer(device.publisher, "r1")
+    for path in device.store.missing(wanted, now=_now()):
+        data = device.publisher.read(path)
+        cut = len(data) // 2
+
+        assert not device.store.put_piece(path, data[cut:], offset=cut, size=len(data))
+        assert not device.store.put_piece(path, data[cut:], offset=cut, size=len(data))
+        assert path in device.store.missing(wanted, now=_now())
+        assert device.store.put_piece(path, data[:cut], offset=0, size=len(data))
+        with pytest.raises(TrustError, match="beyond"):
+            device.store.put_piece(path, data, offset=1, size=len(data))
+
+    assert device.store.install(wanted, now=_now()).release == "r1"
+
+
 def test_a_link_does_not_arrive(device: Device, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("outside")

@@ -16,7 +16,7 @@ from edge_sdk.errors import (
     RemoteProtocolError,
     StorageError,
 )
-from edge_sdk.link.courier import Courier, part
+from edge_sdk.link.courier import PIECE_BYTES, Courier, part
 from edge_sdk.link.memory import Faults, MemoryBroker, MemoryLink
 from edge_sdk.link.sending import Progress
 from edge_sdk.store.mailbox import Mailbox
@@ -192,6 +192,94 @@ def test_a_device_away_for_long_gets_its_mail_when_it_knocks(town: Town) -> None
     town.run(lambda: len(kitchen.letters()) == 1, limit_s=2.0)
 
     assert town.coordinator.link.sent_bytes - sent_before < 5_000
+
+
+@pytest.mark.parametrize("size", [0, 5, PIECE_BYTES, 2 * PIECE_BYTES + 3])
+def test_a_file_is_sent_in_parts_from_where_it_lies(town: Town, size: int) -> None:
+    kitchen = town.add("kitchen").open()
+    source = town.folder / "model.bin"
+    source.write_bytes(random.Random(1).randbytes(size))
+    before = town.coordinator.mailbox.used_bytes()
+
+    parts = town.coordinator.courier.send_file("kitchen", File("t", "a/b", b""), source, task="t")
+    assert town.coordinator.mailbox.used_bytes() - before < 50_000
+    town.settle()
+
+    got = sorted(kitchen.letters(), key=lambda message: message.offset)
+    assert len(got) == parts == max(1, -(-size // PIECE_BYTES))
+    assert b"".join(message.data for message in got) == source.read_bytes()
+    assert {message.size for message in got} == {size if parts > 1 else 0}
+
+
+def test_a_file_that_changes_while_it_waits_is_parked_and_others_go_on(town: Town) -> None:
+    kitchen = town.add("kitchen").open()
+    kitchen.link.cut()
+    source = town.folder / "model.bin"
+    source.write_bytes(bytes(500_000))
+    town.coordinator.courier.send_file("kitchen", File("t", "a/b", b""), source, task="t")
+    town.coordinator.courier.send("kitchen", refused("r"), task="r")
+    town.turn()
+
+    source.write_bytes(bytes(499_999) + b"x")
+    kitchen.link.connect()
+    town.settle()
+
+    assert kitchen.letters() == [refused("r")]
+    assert "changed" in town.coordinator.mailbox.parked()[0].parked
+
+
+def test_a_file_that_is_gone_is_parked(town: Town) -> None:
+    kitchen = town.add("kitchen").open()
+    source = town.folder / "model.bin"
+    source.write_bytes(bytes(500_000))
+    town.coordinator.courier.send_file("kitchen", File("t", "a/b", b""), source, task="t")
+    source.unlink()
+
+    town.settle()
+
+    assert kitchen.letters() == []
+    assert "gone" in town.coordinator.mailbox.parked()[0].parked
+
+
+def test_senders_get_turns_and_none_is_forgotten(town: Town) -> None:
+    town.coordinator.die()
+    town.coordinator.open(turn_bytes=300_000)
+    devices = [town.add(f"d{n}").open() for n in range(12)]
+    for device in devices:
+        device.courier.send("coordinator", file(device.name, 250_000), task="t")
+
+    most = 0
+
+    def finished() -> bool:
+        nonlocal most
+        arriving = town.coordinator.courier._receiver.arriving
+        most = max(most, len(arriving._transfers))
+        return all(not device.mailbox.pending() for device in devices)
+
+    town.run(finished, limit_s=60.0)
+
+    assert most <= 2
+    assert len(town.coordinator.letters()) == 12
+    for device in devices:
+        assert device.courier.bytes_up["File"] < 260_000
+
+
+def test_a_turn_that_is_not_used_goes_to_others(town: Town) -> None:
+    town.coordinator.die()
+    town.coordinator.open(turn_bytes=300_000)
+    silent = town.add("silent").open()
+    silent.courier.send("coordinator", file("s", 250_000), task="s")
+    silent.courier.step()
+    silent.link.cut()
+    town.coordinator.courier.step()
+    kitchen = town.add("kitchen").open()
+    kitchen.courier.send("coordinator", file("k", 250_000), task="k")
+
+    town.run(lambda: not kitchen.mailbox.pending(), limit_s=30.0)
+    silent.link.connect()
+    town.settle()
+
+    assert len(town.coordinator.letters()) == 2
 
 
 def test_an_absent_device_costs_little_and_delays_nobody(town: Town) -> None:

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import FleetError, LocalProtocolError, RemoteProtocolError
 from edge_sdk.wire import messages
-from edge_sdk.wire.messages import AnyMessage, File, Score, Scores, TextTask, decode, encode
+from edge_sdk.wire.messages import (
+    AnyMessage,
+    File,
+    Score,
+    Scores,
+    TextTask,
+    decode,
+    encode,
+    file_head,
+)
 
 TASK = TextTask("kind", "Request: {text}\nKind:", "{label}:", ("a", "b"), (" a", " b"))
 SAMPLES = [
@@ -87,3 +96,12 @@ def test_messages_over_the_limit_are_neither_made_nor_opened(monkeypatch):
         encode(File("t", "a", bytes(100)))
     with pytest.raises(RemoteProtocolError, match="over the limit of 100"):
         decode(bytes(101))
+
+
+def test_a_file_is_its_head_and_its_data() -> None:
+    for size in (0, 5, 300, 70_000):
+        whole = File("t", "a/b", bytes(size), offset=7, size=100_000)
+
+        data = file_head(File("t", "a/b", b"", offset=7, size=100_000), size) + bytes(size)
+
+        assert decode(data) == whole

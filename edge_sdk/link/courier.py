@@ -14,7 +14,10 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from hashlib import sha256
+from pathlib import Path
 from time import monotonic, time
+
+from msgspec.structs import replace
 
 from edge_sdk.errors import (
     EnrolmentError,
@@ -22,21 +25,24 @@ from edge_sdk.errors import (
     LinkError,
     LocalProtocolError,
     RemoteProtocolError,
+    StorageError,
 )
-from edge_sdk.link.arriving import Arriving
+from edge_sdk.link.arriving import TURN_BYTES, Arriving
 from edge_sdk.link.base import Link
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver, Refused
 from edge_sdk.link.sending import Progress, Sender
 from edge_sdk.store.keyring import Keyring, OneKey
 from edge_sdk.store.ledger import Ledger
-from edge_sdk.store.mailbox import Mailbox
-from edge_sdk.wire.messages import AnyMessage, Enrol, encode
+from edge_sdk.store.mailbox import Mailbox, Slice
+from edge_sdk.wire.messages import AnyMessage, Enrol, File, encode, file_head
 from edge_sdk.wire.seal import Identity, PublicIdentity
 from edge_sdk.wire.transfer import WINDOW_BYTES, Chunk, Offer, decode_frame
 
 logger = logging.getLogger(__name__)
 
+PIECE_BYTES = 4 * 1024 * 1024
+"""A file above this travels in parts."""
 PATIENCE_S = 1.5
 """Silence after which an Offer is repeated; doubles up to five minutes, or to what was seen."""
 LIFETIME_S = 30 * 24 * 3600.0
@@ -94,6 +100,7 @@ class Courier:
         clock: Callable[[], float] = monotonic,
         patience_s: float = PATIENCE_S,
         window_bytes: int = WINDOW_BYTES,
+        turn_bytes: int = TURN_BYTES,
         lifetime_s: float = LIFETIME_S,
     ) -> None:
         self.mailbox = mailbox
@@ -145,7 +152,7 @@ class Courier:
             me=me,
             lookup=lookup,
             now=now,
-            arriving=Arriving(mailbox, clock),
+            arriving=Arriving(mailbox, clock, turn_bytes=turn_bytes),
             publish=self._publish,
             arrived=self._new_mail,
             progress=self._progress,
@@ -204,6 +211,33 @@ class Courier:
         self._sender.expect(stream, to)
         self.nudge()
         return stream
+
+    def send_file(self, to: str, file: File, source: Path, *, task: str) -> int:
+        """Store all of the file `source` for `to`, in `File` messages; return how many.
+
+        `file` names task and path; its data come from `source`, which is not copied and must not
+        change while it is sent. A large one goes in parts of PIECE_BYTES, so that neither side ever
+        has more than a part in memory, and a device with a small disk uses up each as it comes.
+
+        Raises:
+            StorageError: the outbox cannot take it, or `source` cannot be read.
+        """
+        try:
+            size = source.stat().st_size
+        except OSError as exc:
+            raise StorageError(f"{source}: {exc.strerror}; publish it again") from exc
+        whole = size <= PIECE_BYTES
+        offsets = range(0, max(1, size), PIECE_BYTES)
+        with self.mailbox.transaction():
+            for offset in offsets:
+                length = min(PIECE_BYTES, size - offset)
+                piece = replace(file, offset=offset, size=0 if whole else size)
+                name = file.path if whole else f"{file.path}@{offset}"
+                head, rest = file_head(piece, length), Slice(source, offset, length)
+                stream = self.mailbox.put(to, "File", part(task, name), head, rest)
+                self._sender.expect(stream, to)
+        self.nudge()
+        return len(offsets)
 
     def wait_until_done(self, stream: bytes, timeout_s: float) -> None:
         """Return once the receiver has confirmed `stream` as stored.
