@@ -13,10 +13,13 @@ from edge_world import config as edge_config
 from exporters_tiny import save_tiny
 
 from coordinator.config import CoordinatorConfig
+from coordinator.programs import Publish
+from coordinator.rollout import Plan
 from coordinator.service import Service
 from edge_sdk.agent import EdgeDevice
 from edge_sdk.link.memory import MemoryBroker
 from edge_sdk.wire.config_rules import parse_toml
+from exporters.slm import SlmOptions, export_slm
 
 SETTINGS = """
 [service]
@@ -175,3 +178,40 @@ def test_a_stopped_service_goes_on_where_it_was(live: Callable[[str], Life]) -> 
     steps = [(e["run"], e["step"]) for e in life.told("committed")]
     assert len(steps) == len(set(steps)) == 3  # the offer and two rounds, each once
     assert life.service.registry.promoted("tiny").release == "base-fedavg-2"
+
+
+def test_a_late_device_and_a_staged_release_reach_everyone(
+    live: Callable[[str], Life], tmp_path: Path
+) -> None:
+    life = live("fedavg")
+    thread = threading.Thread(target=lambda: life.service.serve(stay=True))
+    thread.start()
+    until(lambda: life.told("started"))
+    life.enrol("kitchen-1")
+    life.enrol("garage-1")
+    until(lambda: life.told("done"), 90)
+
+    late = life.enrol("cellar-1")
+    until(lambda: late.status()["release"] == "base-fedavg-2", 60)
+
+    save_tiny(tmp_path / "other", intermediate_size=64)
+    options = SlmOptions(accuracy_level=1)
+    export_slm(
+        tmp_path / "other", tmp_path / "r2", family="tiny", release="r2", task=TASK, options=options
+    )
+    registry, book = life.service.registry, life.service.book
+    registry.publish(Publish("tiny", "r2", tmp_path / "r2"), promote=False)
+    plan = Plan(size=1, max_drop=1.0, min_speed=0.0, promote=True)
+    book.stage("tiny", "r2", plan, who="ann", why="a better one")
+    until(lambda: {d.status()["release"] for d in life.devices} == {"r2"}, 90)
+    assert len(book.history("tiny")[0].canary) == 1
+
+    until(lambda: book.history("tiny")[0].settled, 30)
+    book.roll_back("tiny", who="ann", why="it was not")
+    until(lambda: {d.status()["release"] for d in life.devices} == {"base-fedavg-2"}, 90)
+    states = [(e["release"], e["state"]) for e in life.told("rollout")]
+    assert states[-2:] == [("r2", "promoted"), ("r2", "rolled-back")]
+
+    life.service.stop()
+    thread.join(30)
+    assert life.told("reply_refused") == []
