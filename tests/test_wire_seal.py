@@ -344,6 +344,17 @@ def test_a_chunk_out_of_its_place_does_not_open():
             opener.chunk(index, envelope.chunks[chunk])
 
 
+def test_what_was_kept_of_a_message_is_known_again():
+    message = random.Random(9).randbytes(CHUNK_BYTES + 9)
+    opener = Opener(checked(sealed(message).manifest), RECIPIENT)
+    first, last = parts_of(message)
+
+    assert opener.holds(0, first)
+    assert opener.holds(1, last)
+    for index, plaintext in [(0, last), (1, first), (1, bytes(9)), (2, b""), (-1, last)]:
+        assert not opener.holds(index, plaintext)
+
+
 def test_a_signed_hash_of_a_chunk_that_does_not_decrypt_is_refused():
     """A sender may sign nonsense; it must not come out as plaintext."""
     envelope = sealed(b"x" * 40)
