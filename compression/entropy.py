@@ -94,6 +94,8 @@ def decode(data: bytes, sizes: list[int], models: list[ClassModel], top: int) ->
     Raises:
         CodecError: the bytes are no code for these models.
     """
+    if len(data) % 4:
+        raise CodecError(f"{len(data)} bytes are no whole words of a range code")
     words = np.frombuffer(data, dtype=np.dtype("<u4")).astype(np.uint32)
     coder = constriction.stream.queue.RangeDecoder(words)
     classes = []

@@ -99,6 +99,14 @@ class ServiceSection(Struct, frozen=True, forbid_unknown_fields=True):
             description="Most MiB of messages in the database; a bundle is stored once for all.",
         ),
     ] = 4096
+    hybrid: Annotated[
+        bool,
+        Meta(
+            description="Also have an ML-KEM-768 + X25519 key: what is sent here is then sealed "
+            "with suite 2, which a quantum computer of later years cannot open. Its encoding "
+            "follows a draft, so it is off; it costs 1 KiB per message."
+        ),
+    ] = False
     threads: Annotated[
         int, Meta(ge=0, le=1024, description="CPU threads for training; 0 means all.")
     ] = 0

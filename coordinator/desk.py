@@ -48,7 +48,7 @@ class Desk:
         self.folder = Path(config.service.state_dir)
         _private_folder(self.folder / "keys")
         self.root = load_or_create(self.folder / "keys" / "root.key")
-        self.ring = Keyring(self.folder / "keys" / "coordinator.key")
+        self.ring = Keyring(self.folder / "keys" / "coordinator.key", hybrid=config.service.hybrid)
         self.mailbox = Mailbox(
             self.folder / "coordinator.db", max_bytes=config.service.store_mb * 1024**2
         )

@@ -15,7 +15,8 @@ import msgspec
 from msgspec import Struct
 
 from edge_sdk.config import EdgeConfig
-from edge_sdk.errors import EnrolmentError
+from edge_sdk.errors import EnrolmentError, RemoteProtocolError
+from edge_sdk.link.certificate import BrokerCertificate
 from edge_sdk.link.courier import Courier, part
 from edge_sdk.link.keys import CoordinatorKeys
 from edge_sdk.link.passwords import COORDINATOR
@@ -32,12 +33,13 @@ RECEIVE_KEY_S = 7 * 86_400.0
 """Age at which a device makes new receive keys: what is seized later opens a week at most."""
 GRACE_S = 86_400.0
 """How long the old ones still open what the coordinator had sealed before it knew the new ones."""
-_MEMBER, _REQUEST, _KEYS, _TIME, _RENEWAL = (
+_MEMBER, _REQUEST, _KEYS, _TIME, _RENEWAL, _ISSUED = (
     "membership",
     "request",
     "keys",
     "signed-time",
     "renewal",
+    "certificate-issued",
 )
 
 
@@ -61,6 +63,7 @@ class Member:
 
     Attributes:
         time: what time it is at least; give it to everything that judges expiry.
+        certificate: the one for the broker, where the settings ask for mutual TLS.
         ring: this device's own keys; `open` must have been called.
         keys: the coordinator's keys; so must it for these.
     """
@@ -79,6 +82,7 @@ class Member:
     ) -> None:
         self._config, self._mailbox, self._memory = config, mailbox, memory
         self._key_file = folder / "identity.key"
+        self.certificate = BrokerCertificate(folder)
         self._clock = clock
         self.time = self._signed_time()
 
@@ -136,7 +140,7 @@ class Member:
         """
         found = self.membership
         assert found is not None
-        self.ring = Keyring(self._key_file)
+        self.ring = Keyring(self._key_file, hybrid=self._config.device.hybrid)
         self.keys = self.known_keys(found)
 
     def known_keys(self, found: Membership) -> CoordinatorKeys:
@@ -150,7 +154,7 @@ class Member:
             heard=self.time.heard,
         )
 
-    def request(self, ticket: EnrolmentCode, courier: Courier, *, csr: bytes = b"") -> bytes:
+    def request(self, ticket: EnrolmentCode, courier: Courier) -> bytes:
         """Return the stream of the request for `ticket`: an earlier attempt's, else a new one.
 
         Raises:
@@ -174,7 +178,8 @@ class Member:
             receive_key=public.receive,
             families=self._config.device.families,
             memory_mb=self._config.train.memory_mb,
-            csr=csr,
+            csr=self._csr(ticket.device),
+            hybrid_key=public.hybrid,
         )
         with self._mailbox.transaction():
             stream = courier.send(COORDINATOR, request, task=task)
@@ -186,6 +191,7 @@ class Member:
         known = self.membership
         if known is None or answer.device != known.device or known.complete:
             return False
+        self._take_certificate(answer.certificate)
         self._keep(msgspec.structs.replace(known, tuf_root=answer.tuf_root, task=answer.task))
         return True
 
@@ -207,10 +213,11 @@ class Member:
         self.ring.note_made(now_s)
         if self.ring.tidy(now_s):
             logger.info("an old receive key was deleted")
-        if self.ring.coming is not None or now_s - self.ring.made_s >= RECEIVE_KEY_S:
+        old = now_s - self.ring.made_s >= RECEIVE_KEY_S
+        if self.ring.coming is not None or old or self._certificate_due():
             self.renew(courier)
 
-    def renew(self, courier: Courier, *, identity: bool = False, csr: bytes = b"") -> None:
+    def renew(self, courier: Courier, *, identity: bool = False) -> None:
         """Make new receive keys (and, if `identity`, a new identity key) and tell the coordinator.
 
         They count once it has answered; asking again before that changes nothing.
@@ -225,6 +232,7 @@ class Member:
         if self._memory.recall(_RENEWAL) == task.encode():
             return
         words = state_keys(found.tenant, found.device, self.ring.identity, coming)
+        csr = self._csr(found.device) if self._certificate_due() else b""
         with self._mailbox.transaction():
             courier.send(COORDINATOR, RenewKeys(task, *words, csr=csr), task=task)
             self._memory.remember(_RENEWAL, task.encode())
@@ -239,5 +247,29 @@ class Member:
         if self._memory.recall(_RENEWAL) != answer.task_id.encode():
             return False
         self.ring.confirm(self.time(), grace_s=GRACE_S)
+        self._take_certificate(answer.certificate)
         self._memory.remember(_RENEWAL, b"")
         return True
+
+    # --- the broker's certificate -------------------------------------------------------------
+
+    def _csr(self, device: str) -> bytes:
+        return self.certificate.request(device) if self._config.link.mutual_tls else b""
+
+    def _certificate_due(self) -> bool:
+        if not self._config.link.mutual_tls:
+            return False
+        saved = self._memory.recall(_ISSUED)
+        if not self.certificate.held or not saved:
+            return True
+        return self.certificate.due(self.time(), msgspec.msgpack.decode(saved, type=float))
+
+    def _take_certificate(self, pem: bytes) -> None:
+        if not pem:
+            return
+        try:
+            self.certificate.take(pem)
+        except RemoteProtocolError as exc:
+            logger.warning("the coordinator's certificate is of no use: %s", exc)
+            return
+        self._memory.remember(_ISSUED, msgspec.msgpack.encode(self.time()))

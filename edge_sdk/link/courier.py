@@ -124,7 +124,7 @@ class Courier:
         self._stirred = False
         self._closing = False
         self._worker: threading.Thread | None = None
-        self._next_scan = 0.0
+        self._next_scan = self._not_before = 0.0
         self._next_tidy = self._tidied_at = clock()
         ring = OneKey(identity) if isinstance(identity, Identity) else identity
         self._sender = Sender(
@@ -366,6 +366,7 @@ class Courier:
             with self._stir:
                 due = self._sender.next_due() if self._link.connected else None
                 wake_at = self._next_scan if due is None else min(due, self._next_scan)
+                wake_at = max(wake_at, self._not_before)
                 self._stir.wait_for(
                     lambda: bool(self._inbox) or self._stirred or self._closing,
                     max(0.0, wake_at - self._clock()),
@@ -381,6 +382,7 @@ class Courier:
             self._next_scan = min(self._next_scan, self._clock() + PATIENCE_S)
         except Exception:
             logger.exception("%s failed unexpectedly; the courier goes on", doing)
+            self._not_before = self._clock() + PATIENCE_S  # or it would fail a thousand times a s
 
     def _greet(self) -> None:
         if not self._link.connected:

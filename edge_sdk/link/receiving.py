@@ -296,7 +296,8 @@ class Receiver:
         if isinstance(message, Enrol):
             if self.admit is None:
                 raise EnrolmentError("only a coordinator enrols devices")
-            self.admit(message, public)
+            whole = PublicIdentity.from_bytes(public.to_bytes() + message.hybrid_key)
+            self.admit(message, whole)
         if self.accept is not None:
             self.accept(header, message)
 

@@ -28,6 +28,7 @@ from edge_sdk.wire.seal import (
     peek_header,
 )
 from edge_sdk.wire.transfer import (
+    KEYS_BYTES,
     Answer,
     Frame,
     Offer,
@@ -311,7 +312,8 @@ class Sender:
         return keys != (peer.receive_id, self.identity.public.sign_id)
 
     def _keys(self, kind: str) -> bytes:
-        return self.identity.public.to_bytes() if kind == "Enrol" else b""
+        # The hybrid key is not needed to check the signature; it comes inside the sealed Enrol.
+        return self.identity.public.to_bytes()[:KEYS_BYTES] if kind == "Enrol" else b""
 
     def _load(self, current: _Stream) -> Outgoing | None:
         item = self.mailbox.posted(current.stream)

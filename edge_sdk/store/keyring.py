@@ -40,16 +40,17 @@ class Keyring:
     """The keys in the file `path` and what belongs to them; safe to share by threads.
 
     One process changes them; another that only reads sees them as they were when it opened them.
+    `hybrid` adds a hybrid receive key where there is none; peers hear of it with the next keys.
 
     Raises:
         ConfigError: others may read the files.
         StorageError: a file is damaged, or cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hybrid: bool = False) -> None:
         self._path, self._beside = path, path.with_name(path.name + ".ring")
         self._lock = threading.RLock()
-        self._identity = load_or_create(path)
+        self._identity = load_or_create(path, hybrid=hybrid)
         self._ring = self._read()
         secret = self._identity.to_bytes()
         if any(old.secret == secret for old in self._ring.retired):

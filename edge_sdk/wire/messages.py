@@ -34,6 +34,8 @@ Paths = Annotated[tuple[FilePath, ...], Meta(max_length=4096)]
 Stages = Annotated[dict[Word, float], Meta(max_length=256)]
 """Seconds by stage of the work."""
 
+HybridKey = Annotated[bytes, Meta(max_length=1216)]
+"""A public ML-KEM-768 and X25519 key to seal to with suite 2; empty for none."""
 Csr = Annotated[bytes, Meta(max_length=4096)]
 """A PKCS#10 request (DER) for a certificate that the broker believes; empty for none."""
 Certificate = Annotated[bytes, Meta(max_length=16_384)]
@@ -201,6 +203,7 @@ class Enrol(Message, frozen=True):
     families: Annotated[tuple[Word, ...], Meta(max_length=256)]
     memory_mb: Count
     csr: Csr = b""
+    hybrid_key: HybridKey = b""
 
 
 class Enrolled(Message, frozen=True):
