@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS rollout_offers (
   accuracy REAL, examples INTEGER, tokens_per_s REAL, reason TEXT NOT NULL DEFAULT '',
   at REAL NOT NULL, PRIMARY KEY (number, purpose, device, release));
 CREATE INDEX IF NOT EXISTS rollout_offers_by_task ON rollout_offers (task);
+CREATE INDEX IF NOT EXISTS rollout_offers_by_device ON rollout_offers (device, at);
 CREATE TABLE IF NOT EXISTS rollout_audit (
   entry INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
   action TEXT NOT NULL, family TEXT NOT NULL, release TEXT NOT NULL, why TEXT NOT NULL);
@@ -299,6 +300,29 @@ class Book:
                 (number, purpose, purpose),
             ).fetchall()
         return [Offered(*row) for row in rows]
+
+    def find(self, number: int, purpose: str, device: str, release: str) -> Offered | None:
+        """Return one offer, or None if it was not made."""
+        with self._store.transaction() as db:
+            row = db.execute(
+                f"SELECT {_OFFER} FROM rollout_offers WHERE number = ? AND purpose = ?"
+                " AND device = ? AND release = ?",
+                (number, purpose, device, release),
+            ).fetchone()
+        return Offered(*row) if row else None
+
+    def strays(self) -> dict[str, float]:
+        """Return the devices that said they run another release than asked for, and when last.
+
+        A device returns to its earlier release when files of the present one were altered, or
+        when it kept crashing.
+        """
+        with self._store.transaction() as db:
+            rows = db.execute(
+                "SELECT device, MAX(at) FROM refused WHERE reason LIKE '%, this device runs %'"
+                " GROUP BY device"
+            ).fetchall()
+        return dict(rows)
 
     def newest(self, device: str) -> Offered | None:
         """Return the release that `device` last said it runs, as far as roll-outs know."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from coordinator.events import Events
 from coordinator.fleet import Fleet
-from coordinator.programs import Commit
+from coordinator.programs import Commit, Release
 from coordinator.registry import Registry
 from coordinator.rollout import OPEN, SERVICE, Book, Offered, Rollout, State
 from coordinator.runner import Runner
@@ -46,6 +46,8 @@ class Stager:
         self._store, self._book, self._registry, self._fleet = store, book, registry, fleet
         self._runner, self._events, self._now = runner, events, now
         self._told: dict[int, str] = {}
+        self._found: dict[tuple[str, str], Release] = {}  # of this tick: metadata is renewed
+        self._strays: dict[str, float] = {}
 
     def tick(self, *, busy: bool = False) -> None:
         """Take answers, then do what can be done now.
@@ -53,6 +55,8 @@ class Stager:
         `busy`: a program is at work on these devices, so no new trial begins; what has begun
         goes on, and roll-backs are carried out at once.
         """
+        self._found.clear()
+        self._strays = self._book.strays()
         self._take_answers()
         for rollout in self._book.active():
             self._registry.direct(rollout.family)
@@ -70,14 +74,21 @@ class Stager:
             self._tell(rollout)
 
     def serve_newcomers(self, family: str, cohort: Iterable[str]) -> None:
-        """Keep the devices of `family` outside `cohort` at the promoted release."""
+        """Keep the devices of `family` outside `cohort` at the promoted release.
+
+        A device that went back to an earlier release by itself is offered the promoted one again,
+        also within the cohort.
+        """
         promoted = self._registry.promoted_name(family)
         trial = self._book.trial(family)
         trying = set(trial.canary) if trial is not None else set()
         if any(r.family == family and r.state not in OPEN for r in self._book.active()):
             return  # every device is being told of an outcome already
-        for device in sorted(set(self._of(family)) - set(cohort) - trying):
+        settled = set(cohort) - self._strays.keys()
+        for device in sorted(set(self._of(family)) - settled - trying):
             newest = self._newest(device)
+            if device in cohort and newest is not None:
+                continue  # it has been brought back; the program goes on with it
             if promoted is not None and (newest is None or newest.release != promoted):
                 self._bring(WELCOME, "welcome", device, family, promoted)
 
@@ -163,13 +174,13 @@ class Stager:
         return base in (newest.release, self._registry.base_of(family, newest.release))
 
     def _offer(self, number: int, purpose: str, device: str, family: str, release: str) -> str:
-        offers = self._book.offered(number, purpose)
-        mine = [o for o in offers if (o.device, o.release) == (device, release)]
-        if mine and not self._again(mine[0]):
-            return mine[0].state
-        found = self._registry.release(family, release)
+        known = self._book.find(number, purpose, device, release)
+        if known is not None and not self._again(known):
+            return known.state
+        found = self._found.get((family, release)) or self._registry.release(family, release)
         if found is None:
             return "failed"
+        self._found[family, release] = found
         with self._store.transaction():
             row = self._runner.post(device, found.offer(), run=f"{RUN}-{number}-{purpose}")
             self._book.note_offer(number, purpose, device, release, row.task)
@@ -187,9 +198,12 @@ class Stager:
         return known.number == WELCOME and known.state == "done" and moved_on
 
     def _newest(self, device: str) -> Offered | None:
-        """What `device` said last, since it enrolled."""
+        """What `device` said last, since it enrolled and since it went astray."""
         newest, known = self._book.newest(device), self._fleet.get(device)
-        return newest if newest and known and newest.at >= known.enrolled else None
+        if newest is None or known is None:
+            return None
+        since = max(known.enrolled, self._strays.get(device, 0.0))
+        return newest if newest.at >= since else None
 
     # --- answers ------------------------------------------------------------------------------
 

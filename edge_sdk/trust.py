@@ -13,6 +13,7 @@ device or to everyone, by an entry that repeats the hash of the release's manife
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -64,6 +65,7 @@ class TrustedRelease:
         """
         with _translated():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            began = time.time_ns() - 1_000_000_000  # python-tuf renames what it has not synced
             self._fetcher = _OfferFetcher(metadata)
             self._updater = Updater(
                 str(folder),
@@ -76,7 +78,9 @@ class TrustedRelease:
             # python-tuf takes the time from this machine; ours is the caller's, often better known.
             self._updater._trusted_set.reference_time = now
             self._updater.refresh()
-            _sync(folder)
+            for path in (*folder.glob("*.json"), *folder.glob("root_history/*"), folder):
+                if path.stat().st_mtime_ns >= began:
+                    _sync(path)
 
     def target(self, path: str) -> TargetFile:
         """Return length and hashes of target `path`.

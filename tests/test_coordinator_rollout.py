@@ -314,3 +314,19 @@ def test_the_commands_decide_and_show(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "share" in run("release", "stage", "slm", "r1", "--share", 3, code=2)["message"]
     assert cli.main(["release", "list", "--config", str(path)]) == 0
     assert "slm/r1" in capsys.readouterr().out
+
+
+def test_a_device_that_went_back_by_itself_is_offered_the_release_again(world: World) -> None:
+    cohort = ("d1", "d2", "d3", "d4")
+    world.stager.tick()
+    world.stager.serve_newcomers("slm", cohort)
+    assert world.offers == []
+
+    reason = "refused by the device: the task is for release r1, this device runs r0"
+    world.coordinator.store.refuse(10_000, "d2", "TrainAdapter", reason)
+    world.run(lambda: (world.stager.serve_newcomers("slm", cohort), world.offers)[1])
+    for _ in range(5):
+        world.stager.tick()
+        world.stager.serve_newcomers("slm", cohort)
+
+    assert world.offers == [("d2", "r1")]
