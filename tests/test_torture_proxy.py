@@ -108,7 +108,7 @@ def test_a_cut_ends_the_connection_and_a_new_one_works(proxy: Proxy) -> None:
         assert echo(client, b"again") == b"again"
 
 
-def test_half_open_bytes_vanish_and_nobody_is_told(proxy: Proxy) -> None:
+def test_a_half_open_connection_is_dead_for_good_and_nobody_is_told(proxy: Proxy) -> None:
     with dial(proxy) as client:
         echo(client, b"warm")
         proxy.set(Weather(half_open=True))
@@ -117,8 +117,11 @@ def test_half_open_bytes_vanish_and_nobody_is_told(proxy: Proxy) -> None:
         with pytest.raises(TimeoutError):
             client.recv(1)
         proxy.set(CLEAR)
-        client.settimeout(SOON_S)
-        assert echo(client, b"here") == b"here"
+        client.sendall(b"still gone")
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        with dial(proxy) as other:
+            assert echo(other, b"here") == b"here"
 
 
 def test_corruption_changes_bytes_but_not_their_number(proxy: Proxy) -> None:

@@ -4,8 +4,9 @@ Knows bytes, delays and connections. Does not know MQTT. `tc netem` needs a kern
 this needs neither, and a seed repeats a schedule.
 
 A `Weather` holds for everything that passes until the next `set`: latency and bandwidth in each
-direction, half-open (bytes vanish, nobody is told), corruption, and for new connections refusal
-or being served in reverse order. `cut` ends the connections that there are.
+direction, half-open (a connection that carries bytes meanwhile is dead for good, and nobody is
+told), corruption, and for new connections refusal or being served in reverse order. `cut` ends the
+connections that there are.
 """
 
 import asyncio
@@ -26,7 +27,8 @@ class Weather:
     """How bad the network is.
 
     latency_s delays each direction; bytes_per_s (0: no limit) slows it down; corrupt is the chance
-    per piece of at most 16 KiB that one of its bytes is changed; half_open lets bytes vanish;
+    per piece of at most 16 KiB that one of its bytes is changed; half_open lets bytes vanish
+    and a connection that lost some carries none any more, which only its ends' own timers find out;
     refuse closes new connections at once; reorder holds new connections back for up to so many
     seconds and serves the latest first.
     """
@@ -121,9 +123,10 @@ class Proxy:
                 return
             source, other = await asyncio.open_connection("127.0.0.1", self._target, limit=PIECE)
             self.connections += 1
+            dead = [False]
             both = [
-                asyncio.ensure_future(self._pass(reader, other, self._count_up)),
-                asyncio.ensure_future(self._pass(source, writer, self._count_down)),
+                asyncio.ensure_future(self._pass(reader, other, self._count_up, dead)),
+                asyncio.ensure_future(self._pass(source, writer, self._count_down, dead)),
             ]
             try:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -156,6 +159,7 @@ class Proxy:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         count: Callable[[int], None],
+        dead: list[bool],
     ) -> None:
         """One direction: pieces wait in a queue until their time has come."""
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(BACKLOG_BYTES // PIECE)
@@ -163,7 +167,8 @@ class Proxy:
         try:
             while piece := await reader.read(PIECE):
                 count(len(piece))
-                if self._weather.half_open:
+                dead[0] = dead[0] or self._weather.half_open
+                if dead[0]:
                     continue
                 due = self._roof.loop.time() + self._weather.latency_s
                 putting = asyncio.ensure_future(queue.put((due, self._spoilt(piece))))
