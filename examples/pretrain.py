@@ -11,11 +11,10 @@ import ctypes
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +22,18 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.data.corpus import PUBLIC, Corpus, CorpusError, Texts
+from examples.data.corpus import PUBLIC, CorpusError
 from examples.models import WEIGHTS, pack, unpack, write_sums
 from examples.models.batches import IGNORED, draw, encode, pairs
 from examples.models.card import Measured, card
-from examples.models.recipes import RECIPES, Recipe, build
-from examples.models.tokenizer import save_tokenizer, train_tokenizer
+from examples.models.recipes import RECIPES
+from examples.models.run import Run, open_run
+from examples.models.tokenizer import save_tokenizer
 
-DECAY_SHARE = 0.25  # the last quarter of the run decays linearly to zero
-WARM_UP_STEPS = 100
 HELD_OUT_WINDOWS = 60  # per corpus: about 15 thousand tokens
 LOSS_EVERY = 50
 
@@ -44,112 +41,15 @@ LOSS_EVERY = 50
 def loss_sum(model: torch.nn.Module, given: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed cross-entropy in nats, in bfloat16: about three times float32's speed on AVX-512."""
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=given).logits  # (windows, length, vocabulary)
-    kept = labels != IGNORED
-    return functional.cross_entropy(logits[kept].float(), labels[kept], reduction="sum")
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Warm-up, constant, then linear to zero; only that last part depends on `steps`."""
-    decay_steps = max(1, round(recipe.steps * DECAY_SHARE))
-    return recipe.lr * min(1.0, (step + 1) / WARM_UP_STEPS, (recipe.steps - step) / decay_steps)
-
-
-def make_optimizer(model: torch.nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-
-
-def save_whole(value: object, path: Path) -> None:
-    """Write a file that is either the old one or the new one, never a torn one."""
-    draft = path.with_suffix(".part")
-    with draft.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def identity(recipe: Recipe, corpus: Corpus) -> str:
-    """What a checkpoint must agree on.  `steps` is left out: a run may be shortened."""
-    files = [file.sha256 for file in corpus.files]
-    streams = [(stream.name, stream.weight) for stream in corpus.streams]
-    return hashlib.sha256(repr((replace(recipe, steps=0), files, streams)).encode()).hexdigest()
-
-
-@dataclass(slots=True)
-class Run:
-    """A training run at one step; its checkpoint is all of it."""
-
-    recipe: Recipe
-    corpus: Corpus
-    tokenizer: Tokenizer
-    texts: dict[str, Texts]
-    model: transformers.PreTrainedModel
-    optimizer: torch.optim.AdamW
-    step: int
-    seconds: float
-    losses: list[tuple[int, float]]
-    checkpoint: Path
-
-    def save(self) -> None:
-        save_whole(
-            {
-                "identity": identity(self.recipe, self.corpus),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "steps": self.recipe.steps,
-                "seconds": self.seconds,
-                "losses": self.losses,
-                "rng": torch.get_rng_state(),
-            },
-            self.checkpoint,
-        )
-
-
-def open_run(recipe: Recipe, corpus: Corpus, data: Path, work: Path) -> Run:
-    """A fresh run, or the one whose checkpoint lies in `work`.  Raises: CorpusError."""
-    work.mkdir(parents=True, exist_ok=True)
-    texts = corpus.texts(data)
-    cached = work / "tokenizer.json"
-    if not cached.exists():
-        draft = cached.with_suffix(".part")
-        train_tokenizer(recipe, texts).save(str(draft))
-        draft.replace(cached)
-    tokenizer = Tokenizer.from_file(str(cached))
-    torch.manual_seed(recipe.seed)
-    model = build(recipe)
-    optimizer = make_optimizer(model, recipe)
-    run = Run(
-        recipe, corpus, tokenizer, texts, model, optimizer, 0, 0.0, [], work / "checkpoint.pt"
-    )
-    if run.checkpoint.exists():
-        _restore(run)
-    return run
-
-
-def _restore(run: Run) -> None:
-    saved = torch.load(run.checkpoint, weights_only=True)
-    if saved["identity"] != identity(run.recipe, run.corpus):
-        raise CorpusError(
-            f"{run.checkpoint} belongs to another recipe or corpus; choose another --work folder"
-        )
-    steps = saved["steps"]
-    decays_from = min(steps, run.recipe.steps) * (1 - DECAY_SHARE)
-    if steps != run.recipe.steps and saved["step"] > decays_from:
-        raise CorpusError(
-            f"{run.checkpoint} is at step {saved['step']}, too far to change its {steps} steps; "
-            f"continue with --steps {steps} or choose another --work folder"
-        )
-    run.model.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.step, run.seconds = saved["step"], saved["seconds"]
-    run.losses = [tuple(pair) for pair in saved["losses"]]
-    torch.set_rng_state(saved["rng"])
+        if isinstance(model, transformers.ModernBertForMaskedLM):
+            # Scoring the gaps alone saves half of the work.
+            gaps = labels != IGNORED
+            hidden = model.model(input_ids=given).last_hidden_state[gaps]  # (n_gaps, width)
+            logits, wanted = model.decoder(model.head(hidden)), labels[gaps]
+        else:
+            logits = model(input_ids=given, use_cache=False).logits.flatten(0, 1)
+            wanted = labels.flatten()
+    return functional.cross_entropy(logits.float(), wanted, reduction="sum")
 
 
 def train(
@@ -161,13 +61,15 @@ def train(
 ) -> None:
     """Train to `until` (default: the recipe's last step), saving on the way."""
     recipe = run.recipe
+    last = recipe.steps if until is None else min(until, recipe.steps)
+    if run.step >= last:
+        return
     names = [stream.name for stream in run.corpus.streams]
     streams = [encode(run.tokenizer, run.texts[name][0], seed=recipe.seed) for name in names]
     weights = np.array([stream.weight for stream in run.corpus.streams])
     weights = weights / weights.sum()
     run.model.train()
     recent: list[float] = []
-    last = recipe.steps if until is None else min(until, recipe.steps)
     while run.step < last:
         began = time.perf_counter()
         loss = _step(run, draw(streams, weights, recipe, run.step))
@@ -175,7 +77,7 @@ def train(
         run.seconds += time.perf_counter() - began
         recent.append(loss)
         if run.step % LOSS_EVERY == 0 or run.step == last:
-            run.losses.append((run.step, sum(recent) / len(recent)))
+            run.losses.append((recipe.steps_before + run.step, sum(recent) / len(recent)))
             recent.clear()
         report(run.step, loss)
         if run.step % save_every == 0 or run.step == last:
@@ -184,8 +86,6 @@ def train(
 
 def _step(run: Run, window: np.ndarray) -> float:
     """One optimizer step on one drawn batch; the mean loss in nats."""
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.recipe, run.step)
     given, labels = pairs(window, run.recipe, run.step)
     count = int((labels != IGNORED).sum())
     total = 0.0
@@ -196,8 +96,7 @@ def _step(run: Run, window: np.ndarray) -> float:
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.optimizers.step(run.step)
     return total
 
 
@@ -206,7 +105,7 @@ def _step(run: Run, window: np.ndarray) -> float:
 
 @torch.no_grad()
 def bits_per_byte(run: Run, texts: list[str]) -> float:
-    """Held-out bits per byte; for BERT, over the bytes of masked tokens only."""
+    """Held-out bits per byte; for a masked model, over the bytes of masked tokens only."""
     recipe, tokens = run.recipe, encode(run.tokenizer, texts, seed=0)
     span = recipe.length + 1
     nats, size_bytes = 0.0, 0.0
@@ -223,7 +122,7 @@ def bits_per_byte(run: Run, texts: list[str]) -> float:
 
 def stored_weights(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
     """Weights without the tied copies."""
-    tied = {"lm_head.weight", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
+    tied = {"lm_head.weight", "decoder.weight"}
     return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 
@@ -275,23 +174,27 @@ def main(argv: list[str] | None = None) -> int:
         recipe = replace(recipe, steps=args.steps)
     console = Console(stderr=True)
     try:
+        for earlier in () if args.export_only else recipe.chain[:-1]:
+            _advance(open_run(earlier, PUBLIC, args.data, args.work), None, console)
         run = open_run(recipe, PUBLIC, args.data, args.work)
     except CorpusError as refusal:
         console.print(f"[red]{refusal}[/red]")
         return 1
     if not args.export_only:
-        with _progress(console) as bar:
-            task = bar.add_task(
-                recipe.name, total=recipe.steps, completed=run.step, loss=float("nan")
-            )
-            train(
-                run,
-                until=args.until,
-                report=lambda step, loss: bar.update(task, completed=step, loss=loss),
-            )
+        _advance(run, args.until, console)
     if args.export_only or run.step == recipe.steps:
         export(run, args.out)
     return 0
+
+
+def _advance(run: Run, until: int | None, console: Console) -> None:
+    """Train with a progress bar."""
+    name, steps = run.recipe.name, run.recipe.steps
+    with _progress(console) as bar:
+        task = bar.add_task(name, total=steps, completed=run.step, loss=float("nan"))
+        train(
+            run, until=until, report=lambda step, loss: bar.update(task, completed=step, loss=loss)
+        )
 
 
 def _keep_large_blocks() -> None:

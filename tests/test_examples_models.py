@@ -20,13 +20,24 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from examples import models
 from examples.data.corpus import VERBALISERS, Corpus, CorpusError, File, Row, Stream, stories
 from examples.models.recipes import RECIPES, Recipe
-from examples.pretrain import Run, export, open_run, train
+from examples.models.run import Run, open_run
+from examples.pretrain import export, train
 
 SENTENCE = "Request: What is the largest city in the United States?\nAnswer: New York City\n"
 TINY = {
     "llama": Recipe("tiny", "llama", 32, 1, 1, 32, 320, 64, steps=8, lr=1e-3, length=16),
-    "bert": Recipe("tiny", "bert", 32, 1, 1, 32, 200, 64, steps=8, lr=1e-3, length=16),
+    "modernbert": Recipe(
+        *("tiny", "modernbert", 32, 1, 1, 32, 200, 64),
+        steps=8,
+        lr=1e-3,
+        muon_lr=0.02,
+        length=16,
+        attention="eager",
+    ),
 }
+TINY["continued"] = replace(
+    TINY["llama"], name="tiny", start=replace(TINY["llama"], name="tiny-first"), muon_lr=0.02
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,8 +69,9 @@ def tiny_corpus(tmp_path: Path) -> Corpus:
 
 
 def load(folder: Path, name: str) -> torch.nn.Module:
-    auto = AutoModelForMaskedLM if RECIPES[name].family == "bert" else AutoModelForCausalLM
-    return auto.from_pretrained(folder).eval()
+    auto = AutoModelForMaskedLM if RECIPES[name].masked else AutoModelForCausalLM
+    model: torch.nn.Module = auto.from_pretrained(folder)
+    return model.eval()
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -76,7 +88,7 @@ def test_stored_model_beats_chance(name: str, cache: Path) -> None:
     model, tokenizer = load(folder, name), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(SENTENCE, return_tensors="pt").input_ids  # (1, T)
 
-    if RECIPES[name].family == "bert":
+    if RECIPES[name].masked:
         # Hide one word at a time, as in pretraining.
         places = range(1, ids.shape[1] - 1)
         given = ids.repeat(len(places), 1)
@@ -94,7 +106,7 @@ def test_stored_model_beats_chance(name: str, cache: Path) -> None:
 @pytest.mark.parametrize("name", models.known())
 def test_tokenizer_round_trips_and_tells_labels_apart(name: str, cache: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(models.materialize(name, cache))
-    lower = RECIPES[name].family == "bert"
+    lower = RECIPES[name].masked
     text = "a short request" if lower else "Request: naïve\tcafé 日本 {x}\n\nKind: open"
 
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -152,11 +164,14 @@ def test_stored_rows_are_within_half_a_code(tmp_path: Path) -> None:
     assert torch.equal(found["norm"], torch.ones(5))
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("kind", sorted(TINY))
 def test_interrupted_pretraining_resumes_bit_for_bit(
-    family: str, tiny_corpus: Corpus, tmp_path: Path
+    kind: str, tiny_corpus: Corpus, tmp_path: Path
 ) -> None:
-    recipe = TINY[family]
+    recipe = TINY[kind]
+    for folder in ("whole", "parts"):
+        for earlier in recipe.chain[:-1]:
+            advance(open_run(earlier, tiny_corpus, tmp_path, tmp_path / folder))
     whole = open_run(recipe, tiny_corpus, tmp_path, tmp_path / "whole")
     advance(whole)
 
@@ -166,6 +181,25 @@ def test_interrupted_pretraining_resumes_bit_for_bit(
     advance(resumed)
 
     assert all(torch.equal(weights(whole)[name], value) for name, value in weights(resumed).items())
+
+
+def test_continuing_run_begins_with_the_finished_weights(
+    tiny_corpus: Corpus, tmp_path: Path
+) -> None:
+    recipe = TINY["continued"]
+    assert recipe.start is not None
+    first = open_run(recipe.start, tiny_corpus, tmp_path, tmp_path / "work")
+    advance(first, until=7)
+    with pytest.raises(CorpusError, match=r"step 7 of 8; finish tiny-first before tiny"):
+        open_run(recipe, tiny_corpus, tmp_path, tmp_path / "work")
+
+    advance(first)
+    second = open_run(recipe, tiny_corpus, tmp_path, tmp_path / "work")
+
+    assert all(torch.equal(weights(first)[name], value) for name, value in weights(second).items())
+    assert second.losses == first.losses
+    advance(second)
+    assert [step for step, _ in second.losses] == [7, 8, 16]
 
 
 def test_run_may_be_shortened_before_it_decays(tiny_corpus: Corpus, tmp_path: Path) -> None:
@@ -201,7 +235,7 @@ def test_missing_corpus_file_is_named(tiny_corpus: Corpus, tmp_path: Path) -> No
         open_run(TINY["llama"], tiny_corpus, tmp_path, tmp_path / "work")
 
 
-@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("family", ["llama", "modernbert"])
 def test_exported_model_materializes_as_measured(
     family: str, tiny_corpus: Corpus, tmp_path: Path
 ) -> None:
@@ -210,7 +244,7 @@ def test_exported_model_materializes_as_measured(
 
     export(run, tmp_path / "models" / "tiny")
     folder = models.materialize("tiny", tmp_path / "cache", models=tmp_path / "models")
-    auto = AutoModelForMaskedLM if family == "bert" else AutoModelForCausalLM
+    auto = AutoModelForMaskedLM if family == "modernbert" else AutoModelForCausalLM
     loaded = auto.from_pretrained(folder).state_dict()
 
     assert all(torch.equal(loaded[name], value) for name, value in weights(run).items())

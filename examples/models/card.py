@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from examples.data.corpus import PUBLIC_CLIENTS, Corpus
+from examples.models.batches import MASK_SHARE
 from examples.models.recipes import Recipe
 
 CURVE_ROWS = 16
@@ -68,7 +69,7 @@ row is the 1 % of that corpus that was held back (by the hash of the document).
 
 ## Training loss
 
-Mean over the steps since the row before, in nats per predicted token of the mixture.
+Mean over the steps since the row before, in nats per predicted token of the mixture.{_runs(recipe)}
 
 {_table(("step", "loss"), curve)}
 
@@ -89,11 +90,12 @@ Biases, errors and offensive passages of the sources are in the model; it was no
 
 
 def _facts(recipe: Recipe, measured: Measured) -> Iterable[tuple[str, str]]:
-    tokens = measured.steps * recipe.windows * recipe.length
+    runs = [*recipe.chain[:-1], replace(recipe, steps=measured.steps)]
+    tokens = sum(run.steps * run.windows * run.length for run in runs)
     unfinished = "" if measured.steps == recipe.steps else f" of {recipe.steps}, unfinished"
     width = f"width {recipe.width}, inner {recipe.feed_forward}"
     heads = f"{recipe.heads} heads of {recipe.width // recipe.heads}"
-    pieces = "lower-cased WordPiece" if recipe.family == "bert" else "byte-level BPE"
+    pieces = "lower-cased WordPiece" if recipe.masked else "byte-level BPE"
     speed = tokens / max(measured.seconds, 1e-9)
     yield "architecture", f"{recipe.family}, tied embeddings"
     yield "size", f"{width}, {recipe.layers} layers, {heads}"
@@ -103,13 +105,16 @@ def _facts(recipe: Recipe, measured: Measured) -> Iterable[tuple[str, str]]:
         f"{pieces} of {recipe.vocabulary}; each of the demo's label words is one token",
     )
     yield "context", f"{recipe.context} tokens (trained on windows of {recipe.length})"
-    yield "objective", "masked tokens, 15 %" if recipe.family == "bert" else "next token"
-    yield "steps", f"{measured.steps}{unfinished}, {recipe.windows} windows each"
+    yield "objective", f"masked tokens, {MASK_SHARE:.0%}" if recipe.masked else "next token"
     yield "tokens read", f"{tokens:,}"
-    yield "optimizer", f"AdamW, lr {recipe.lr:g}, betas 0.9 and 0.98, weight decay 0.1, clip 1.0"
-    yield "schedule", "warm-up over 100 steps, constant, linear to zero over the last quarter"
+    for number, run in enumerate(runs, 1):
+        which = f"run {number} of {len(runs)}: " if len(runs) > 1 else ""
+        steps = f"{run.steps}{unfinished if run is runs[-1] else ''}"
+        yield f"{which}steps", f"{steps}, {run.windows} windows each"
+        yield f"{which}optimizer", _optimizer(run)
+        yield f"{which}schedule", _schedule(run)
+        yield f"{which}seed", str(run.seed)
     yield "precision", "bfloat16 autocast in training; stored as int8 with one scale per row"
-    yield "seed", str(recipe.seed)
     yield "time", f"{measured.seconds / 60:.0f} minutes, {speed:,.0f} tokens/s, one thread"
     yield "machine", _machine()
     yield "versions", _versions()
@@ -117,17 +122,37 @@ def _facts(recipe: Recipe, measured: Measured) -> Iterable[tuple[str, str]]:
     yield "their sha256", f"`{measured.weights_sha256}`"
 
 
+def _optimizer(recipe: Recipe) -> str:
+    adamw = f"AdamW, lr {recipe.lr:g}, betas 0.9 and 0.98, weight decay 0.1"
+    if recipe.muon_lr is None:
+        return f"{adamw}; clip 1.0"
+    muon = f"Muon for the layers' matrices, lr {recipe.muon_lr:g}, momentum 0.95, weight decay 0.1"
+    return f"{muon}; for the rest {adamw}; clip 1.0"
+
+
+def _schedule(recipe: Recipe) -> str:
+    return (
+        f"warm-up over {recipe.warm_up} steps, constant, "
+        f"linear to zero over the last {recipe.decay:.0%} of the steps"
+    )
+
+
 def _loader(recipe: Recipe) -> str:
-    return "AutoModelForMaskedLM" if recipe.family == "bert" else "AutoModelForCausalLM"
+    return "AutoModelForMaskedLM" if recipe.masked else "AutoModelForCausalLM"
 
 
 def _unit_note(recipe: Recipe) -> str:
-    if recipe.family == "bert":
+    if recipe.masked:
         return (
             "For a masked model: bits per byte of the masked tokens given all the others, not\n"
             "comparable with the decoders' numbers."
         )
     return "Windows of the training length, no context carried over."
+
+
+def _runs(recipe: Recipe) -> str:
+    before = recipe.steps_before
+    return f"\nThe first {before} steps are the earlier run's." if before else ""
 
 
 def _versions() -> str:

@@ -27,8 +27,8 @@ VERBALISER_WEIGHT = 2_000  # times each label word is shown, so that it becomes 
 
 
 def train_tokenizer(recipe: Recipe, texts: Mapping[str, Texts]) -> Tokenizer:
-    """Byte-level BPE, or lower-cased WordPiece for BERT; label words are single tokens."""
-    make = _word_pieces if recipe.family == "bert" else _byte_pairs
+    """Byte-level BPE, or lower-cased WordPiece for masked models; label words are single tokens."""
+    make = _word_pieces if recipe.masked else _byte_pairs
     tokenizer = make(recipe.vocabulary, list(_sample(texts)))
     check_verbalisers(tokenizer)
     return tokenizer
@@ -113,7 +113,7 @@ def save_tokenizer(recipe: Recipe, tokenizer: Tokenizer, folder: Path) -> None:
         "model_max_length": recipe.context,
         "clean_up_tokenization_spaces": False,
     }
-    if recipe.family == "bert":
+    if recipe.masked:
         names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
         config |= dict(zip(names, BERT_SPECIALS, strict=True))
     else:
