@@ -23,7 +23,10 @@ READS_TO_THE_END = {"read", "readline", "readlines", "read_bytes", "read_text", 
 OWN_FILES = {
     "edge_sdk/link/passwords.py": "the password file that this program wrote",
     "edge_sdk/link/broker.py": "the log and the answer of the broker it started",
+    "edge_sdk/link/broker_files.py": "configuration, users and rules that this program wrote",
+    "edge_sdk/link/certificate.py": "the certificate it wrote, 16 KiB at most when it came",
     "edge_sdk/link/amqtt_broker.py": "its own configuration",
+    "coordinator/authority.py": "the tenant's own authority for broker certificates",
 }
 """Modules of those rooms whose unlimited reads are of files nobody else writes."""
 BOUNDED = {"body", "message", "self.body", "transfer.body()"}
