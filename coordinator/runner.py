@@ -23,7 +23,7 @@ import msgspec
 
 from coordinator.events import Events
 from coordinator.fleet import Fleet
-from coordinator.inbox import Inbox, Waiting
+from coordinator.inbox import Certify, Inbox, Waiting
 from coordinator.programs import (
     Ask,
     Blame,
@@ -98,6 +98,10 @@ class Runner:
     def refused(self, header: Header, refusal: Refusal, reason: str) -> None:
         """Called for a message that its sender signed and that is malformed."""
         self._inbox.refused(header, refusal, reason)
+
+    def certify_with(self, issue: Certify) -> None:
+        """Answer devices that ask for a broker certificate with one of `issue`."""
+        self._inbox.certify = issue
 
     def progress(self, progress: Progress) -> None:
         """Called as bytes move: a transfer with a device that was asked renews the deadline."""

@@ -83,6 +83,7 @@ class Service:
         self._now = now
         self._stop = threading.Event()
         self.warden = Warden(self.desk, self.courier, self.events)
+        self.runner.certify_with(lambda device, csr: self.desk.authority.certify(device, csr))
         store, fleet = self.desk.store, self.desk.fleet
         self.book = Book(store, self.registry, now)
         self.stager = Stager(store, self.book, self.registry, fleet, self.runner, self.events, now)

@@ -198,6 +198,8 @@ class EdgeDevice:
                 )
             courier.wait_for_mail(min(left, 1.0))
             self._work_through()
+        if self.config.link.mutual_tls and self._member.certificate.held:
+            self._drop_courier()  # the next connection shows the certificate
 
     def renew_keys(self, *, identity: bool = False) -> None:
         """Change this device's receive keys now, with `identity` its identity key as well.
@@ -486,12 +488,16 @@ class EdgeDevice:
     def _dial(self, found: Membership) -> Link:
         from edge_sdk.link.dial import dial
 
-        link = self.config.link
+        link, certificate = self.config.link, self._member.certificate
+        known = link.mutual_tls and certificate.held
         return dial(
-            link.broker,
-            user=link.username or found.device,
+            link.broker if known else link.enrol_broker or link.broker,
+            user=found.device if known else link.username or found.device,
             client_id=found.device,
-            password_file=link.password_file,
+            password_file="" if known else link.password_file,
             ca_file=link.ca_file,
+            cert_file=str(certificate.cert_file) if known else "",
+            key_file=str(certificate.key_file) if known else "",
             mqtt_version=link.mqtt_version,
+            now=self._member.time,
         )

@@ -8,6 +8,7 @@ bring a signed time (`store/clock.py`), and that is what expiry and the age of k
 """
 
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class Member:
         self._config, self._mailbox, self._memory = config, mailbox, memory
         self._key_file = folder / "identity.key"
         self.certificate = BrokerCertificate(folder)
+        self._renewing = threading.Lock()
         self._clock = clock
         self.time = self._signed_time()
 
@@ -226,6 +228,10 @@ class Member:
             EnrolmentError: the device is not enrolled.
             StorageError: the disk refuses.
         """
+        with self._renewing:  # the application may ask while the device's own thread does
+            self._renew(courier, identity)
+
+    def _renew(self, courier: Courier, identity: bool) -> None:
         found = self.require()
         coming = self.ring.prepare(signing=identity)
         task = f"renew-{coming.public.receive_id.hex()}"

@@ -3,6 +3,7 @@
 Knows the settings that devices and coordinators share. Does not know what the link is used for.
 """
 
+from collections.abc import Callable
 from typing import Literal
 from urllib.parse import quote
 
@@ -21,11 +22,13 @@ def dial(
     cert_file: str = "",
     key_file: str = "",
     mqtt_version: Literal["5", "3.1.1"] = "5",
+    now: Callable[[], float] | None = None,
 ) -> MqttLink:
     """Return a link to `broker` (mqtt[s]://host:port) as `user`, also the client id unless given.
 
     The broker takes the user for proven by the password or, over mqtts, by the certificate, whose
-    common name must be `user`. A certificate and its key come together.
+    common name must be `user`. A certificate and its key come together. With `now` the broker's own
+    certificate is judged by that time instead of this machine's clock.
 
     Raises:
         ConfigError: a file cannot be read, TLS files without mqtts, or the url is wrong.
@@ -47,4 +50,5 @@ def dial(
         cert=cert_file or None,
         key=key_file or None,
         mqtt_version=mqtt_version,
+        now=now,
     )

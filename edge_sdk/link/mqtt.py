@@ -13,6 +13,7 @@ import logging
 import queue
 import random
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ _ANSWER_SELECT_S = 0.1
 # amqtt misreads the properties of an MQTT 5 CONNECT and waits for bytes that never come, so silence
 # soon means 3.1.1; a slow link that ends up there loses nothing but speed.
 _ANSWER_S = {MQTTProtocolVersion.MQTTv5: 1.2, MQTTProtocolVersion.MQTTv311: 20.0}
+_NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME; Python has no name for it
 _VERSIONS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
@@ -58,8 +60,9 @@ class MqttLink:
     """A Link (see base.py) to `mqtt://[user:password@]host[:port]` or `mqtts://...`.
 
     `client_id` defaults to the user of the url. `ca`, `cert` and `key` are PEM files for mqtts.
-    `mqtt_version` is tried first; a broker that knows only 3.1.1 is found out by its refusal or
-    its silence, and "3.1.1" saves that second. At most `window_messages` publishes (and
+    With `now`, the broker's certificate must be good at that time, whatever this machine's clock
+    says. `mqtt_version` is tried first; a broker that knows only 3.1.1 is found out by its refusal
+    or its silence, and "3.1.1" saves that second. At most `window_messages` publishes (and
     `window_bytes`) are unacknowledged at any time.
 
     Raises:
@@ -82,6 +85,7 @@ class MqttLink:
         first_retry_s: float = 1.0,
         last_retry_s: float = 300.0,
         mqtt_version: Literal["5", "3.1.1"] = "5",
+        now: Callable[[], float] | None = None,
         rng: random.Random | None = None,
     ) -> None:
         parts = urlsplit(url)
@@ -106,6 +110,7 @@ class MqttLink:
         self._password = unquote(parts.password) if parts.password else None
         self._client_id = client_id or self._user or ""
         self._tls_files = (ca, cert, key)
+        self._now = now
         self._keepalive_s = keepalive_s
         self._own_max_payload = max_payload
         self._window = (window_messages, window_bytes)
@@ -291,6 +296,7 @@ class MqttLink:
             client.connect(self._host, self._port, self._keepalive_s, properties=properties)
         else:
             client.connect(self._host, self._port, self._keepalive_s)
+        self._check_dates(client)
         with self._state:
             self._client = client
         if self._closing.is_set():
@@ -321,7 +327,7 @@ class MqttLink:
             client.username_pw_set(self._user, self._password)
         if self._tls:
             ca, cert, key = self._tls_files
-            client.tls_set(ca_certs=ca, certfile=cert, keyfile=key)
+            client.tls_set_context(self._tls_context(ca, cert, key))
         client.on_connect = self._on_connack
         client.on_subscribe = self._on_suback
         client.on_message = self._on_message
@@ -331,6 +337,25 @@ class MqttLink:
         # Without this paho writes from the publishing thread, racing with our loop.
         client.on_socket_register_write = lambda *_: None
         return client
+
+    def _tls_context(self, ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=ca)
+        if self._now is not None:
+            context.verify_flags |= _NO_CHECK_TIME  # see _check_dates
+        if cert:
+            context.load_cert_chain(cert, key)
+        return context
+
+    def _check_dates(self, client: paho.Client) -> None:
+        connection: Any = client.socket()
+        if not self._tls or self._now is None or connection is None:
+            return
+        certificate = connection.getpeercert()
+        begins, ends = (ssl.cert_time_to_seconds(certificate[d]) for d in ("notBefore", "notAfter"))
+        # A device's time is a lower bound, so a certificate may begin a little after it.
+        if self._now() >= ends or begins >= ends:
+            client.disconnect()
+            raise OSError(f"its certificate ended on {certificate['notAfter']}")
 
     def _forget_connection(self) -> None:
         with self._state:

@@ -164,6 +164,9 @@ class Tenant:
         self.counted.append((header.sender, header.task))
         self.times.append((header.sender, time.monotonic()))
 
+    def _certificate(self, device: str, csr: bytes) -> bytes:
+        return self.desk.authority.certify(device, csr) if csr else b""
+
     def _serve(self) -> None:
         while not self._closing.is_set():
             self.courier.wait_for_mail(0.1)
@@ -175,7 +178,9 @@ class Tenant:
                     )
                     self.courier.send(message.device, answer, task=letter.task)
                 elif isinstance(message, RenewKeys):
-                    self.courier.send(letter.sender, Renewed(message.task_id), task=letter.task)
+                    pem = self._certificate(letter.sender, message.csr)
+                    renewed = Renewed(message.task_id, pem)
+                    self.courier.send(letter.sender, renewed, task=letter.task)
                 elif not isinstance(message, Enrol):
                     self.replies.append((letter.sender, message))
                 self.desk.mailbox.mark_read(letter.id)
