@@ -206,7 +206,8 @@ class Receiver:
 
     def _believe(self, peer: str, manifest: Manifest, public: PublicIdentity) -> None:
         header = manifest.header
-        if self.ring.opener(header.recipient_key, header.suite) is None:
+        opener = self.ring.opener(header.recipient_key, header.suite)
+        if opener is None:
             self._reject(peer, header, manifest.digest, Refusal.WRONG_KEY, _RETIRED)
             return
         if self.mailbox.accepted(header):
@@ -224,8 +225,6 @@ class Receiver:
             self._fault(header, Refusal.TOO_LARGE, reason)
             self._reject(peer, header, manifest.digest, Refusal.TOO_LARGE, reason)
             return
-        opener = self.ring.opener(header.recipient_key, header.suite)
-        assert opener is not None, "asked above, on the same thread"
         try:
             transfer = self.arriving.expect(peer, manifest, public, opener, max_bytes=limit)
         except SealError as exc:

@@ -382,9 +382,12 @@ class Sender:
         current.due = current.sent_at + self._jittered(current.wait_s)
 
     def _rejected(self, current: _Stream, reject: Reject) -> None:
+        # Asked in this order: the ring waits with its answer while it changes keys, so either the
+        # change is still to come, or the manifest is seen to be outdated by it.
+        changing = self.ring.coming is not None
         peer = self.lookup(current.to)
         better = peer is not None and self._outdated(current.manifest, peer)
-        changing = better or self.ring.coming is not None
+        changing = changing or better
         unknown = reject.refusal is Refusal.UNKNOWN_SENDER
         if reject.refusal is Refusal.WRONG_KEY or (unknown and changing):
             # Sealed with keys that one side has retired: `_again` seals anew, at once if we know

@@ -63,7 +63,10 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         tenant.desk.ring.tidy(time.time())
         refused = sum(spy.refused(probe) for probe in probes)
         spy.close()
-        parked = sum(len(device.mailbox.parked()) for device in devices)
+        set_aside = [
+            f"{item.kind}: {item.parked}" for device in devices for item in device.mailbox.parked()
+        ]
+        parked = len(set_aside)
         for device in devices:
             device.close()
         left = _left_on_disk(folder / "cloud", deleted)
@@ -96,7 +99,7 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         doubled=doubled,
         notes={
             "broker": kind,
-            "parked": parked,
+            "parked": set_aside,
             "device_renewals": renewals,
             "transfers_refused_and_sealed_anew": sealed_anew.count,
             "deleted_keys_found_on_disk": left,
