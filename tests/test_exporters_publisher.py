@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +17,7 @@ from tuf.ngclient.fetcher import FetcherInterface
 from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, encode_manifest
 from exporters.bundle import file_entries
-from exporters.publisher import Lifetimes, Publisher
+from exporters.publisher import ROLES, KeyPlan, Lifetimes, Publisher
 
 NOW = datetime(2026, 11, 1, tzinfo=UTC)
 
@@ -229,3 +231,157 @@ def test_a_path_outside_the_targets_is_not_read(publisher: Publisher) -> None:
 def test_an_empty_folder_says_how_to_begin(tmp_path: Path, clock: Clock) -> None:
     with pytest.raises(ExportError, match=r"init\(\)"):
         Publisher(tmp_path / "none", clock).metadata()
+
+
+# --- keys, rotation, assignments ------------------------------------------------------------------
+
+
+def _names(publisher: Publisher, role: str) -> dict[str, object]:
+    files = publisher.metadata()
+    name = max((n for n in files if n.endswith(f"{role}.json")), key=lambda n: int(n.split(".")[0]))
+    return dict(json.loads(files[name])["signed"])
+
+
+def test_offline_keys_sign_from_their_own_folders(tmp_path: Path, clock: Clock) -> None:
+    sticks = tuple(tmp_path / f"stick-{i}" for i in range(3))
+    plans = {"root": KeyPlan(3, 2, sticks), "targets": KeyPlan(1, 1, sticks[:1])}
+    online = Publisher(tmp_path / "releases", clock)
+    root = online.init(plans)
+    release = _release(tmp_path / "r1", "r1")
+
+    assert sorted(p.name for p in (tmp_path / "releases" / "keys").iterdir()) == [
+        *("director.pem", "snapshot.pem", "timestamp.pem")
+    ]
+    with pytest.raises(ExportError, match="1 targets keys must sign and 0 are in"):
+        online.publish("tiny", "r1", release)
+    offline = Publisher(tmp_path / "releases", clock, keys=sticks[:2])
+    offline.publish("tiny", "r1", release)
+    with pytest.raises(ExportError, match="2 root keys must sign and 0 are in"):
+        online.rotate("timestamp")
+    offline.rotate("timestamp")
+    with pytest.raises(ExportError, match="2 root keys must sign and 1 are in"):
+        Publisher(tmp_path / "releases", clock, keys=sticks[:1]).rotate("snapshot")
+
+    client = _client(tmp_path / "c", Local(online), root)
+    assert _take(client, "tiny/r1/model.onnx") == b"weights"
+
+
+def test_without_offline_keys_what_is_online_is_renewed(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    stick = (tmp_path / "stick",)
+    publisher = Publisher(tmp_path / "releases", clock)
+    publisher.init({"root": KeyPlan(folders=stick), "targets": KeyPlan(folders=stick)})
+    clock.time = NOW + timedelta(days=100)
+
+    assert publisher.refresh()
+
+    expires = publisher.expires()
+    assert expires["timestamp"] == clock.time + timedelta(days=7)
+    assert expires["targets"] == NOW + timedelta(days=180)
+    assert "targets is good for 80 days" in caplog.text
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_client_follows_every_rotation(role: str, publisher: Publisher, tmp_path: Path) -> None:
+    root = publisher.root()
+    publisher.publish("tiny", "r1", _release(tmp_path / "r1", "r1"))
+    _client(tmp_path / "c", Local(publisher), root).refresh()
+    before = {path.name for path in (publisher.folder / "keys").iterdir()}
+
+    publisher.rotate(role)
+    publisher.rotate(role, KeyPlan(2, 2))
+
+    client = _client(tmp_path / "c", Local(publisher), root)
+    assert _take(client, "tiny/r1/model.onnx") == b"weights"
+    after = {path.name for path in (publisher.folder / "keys").iterdir()}
+    assert len(after) == len(before) + 1  # the retired key is gone, two are new
+    assert not {name for name in after if name == f"{role}.pem"}
+    publisher.publish("tiny", "r2", _release(tmp_path / "r2", "r2", b"more"))
+    assert _take(_client(tmp_path / "c", Local(publisher), root), "tiny/r2/model.onnx") == b"more"
+    with pytest.raises(ExportError, match="is no role"):
+        publisher.rotate("nobody")
+
+
+def test_what_a_kill_left_half_done_is_completed(publisher: Publisher, tmp_path: Path) -> None:
+    root = publisher.root()
+    metadata = publisher.folder / "metadata"
+    kept = tmp_path / "kept"
+    shutil.copytree(metadata, kept)
+    publisher.publish("tiny", "r1", _release(tmp_path / "r1", "r1"))
+    steps = sorted(set(metadata.iterdir()) - {metadata / p.name for p in kept.iterdir()})
+    assert [path.name for path in steps] == ["2.director.json", "2.snapshot.json", "2.targets.json"]
+    for survivors in (("targets",), ("targets", "director"), ("targets", "director", "snapshot")):
+        shutil.rmtree(publisher.folder / "half", ignore_errors=True)
+        half = Publisher(publisher.folder / "half", publisher._now)
+        shutil.copytree(publisher.folder / "keys", half.folder / "keys")
+        shutil.copytree(publisher.folder / "targets", half.folder / "targets")
+        shutil.copytree(kept, half.folder / "metadata")
+        for path in steps:
+            if path.name.split(".")[1] in survivors:
+                shutil.copy(path, half.folder / "metadata")
+
+        client = _client(tmp_path / "-".join(survivors), Local(half), root)
+
+        assert _take(client, "tiny/r1/model.onnx") == b"weights"
+
+
+def test_assignments_are_signed_once_and_name_published_releases_only(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    for release in ("r1", "r2"):
+        publisher.publish("tiny", release, _release(tmp_path / release, release), everyone=False)
+
+    assert publisher.assign("tiny", ["r1"], {"kitchen-1": ["r2"]})
+    assert not publisher.assign("tiny", ["r1"], {"kitchen-1": ["r2"]})
+    entries = sorted(_names(publisher, "director")["targets"])
+    assert entries[1] == "director/tiny/everyone/r1"
+    assert "kitchen" not in json.dumps(entries)
+    with pytest.raises(ExportError, match="tiny/r9 is not published"):
+        publisher.assign("tiny", ["r9"])
+    assert publisher.assign("other", []) is False
+
+
+def test_a_withdrawn_release_leaves_no_trace_in_what_is_signed(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    publisher.publish("tiny", "r1", _release(tmp_path / "r1", "r1"))
+    publisher.publish("tiny", "r2", _release(tmp_path / "r2", "r2", b"more"))
+
+    publisher.withdraw("tiny", "r1")
+
+    assert list(publisher.releases()) == ["tiny/r2"]
+    assert list(_names(publisher, "director")["targets"]) == ["director/tiny/everyone/r2"]
+    assert not (publisher.folder / "targets" / "tiny" / "r1").exists()
+    with pytest.raises(ExportError, match="not a published release"):
+        publisher.withdraw("tiny", "r1")
+    with pytest.raises(ExportError, match="not a published target"):
+        publisher.read("tiny/r1/model.onnx")
+
+
+def test_two_publishers_of_one_folder_take_turns(publisher: Publisher, tmp_path: Path) -> None:
+    folders = {name: _release(tmp_path / name, name) for name in "abcdefgh"}
+    other = Publisher(publisher.folder, publisher._now)
+
+    def publish(who: Publisher, names: str) -> None:
+        for name in names:
+            who.publish("tiny", name, folders[name])
+            who.metadata()
+
+    threads = [
+        threading.Thread(target=publish, args=(publisher, "abcd")),
+        threading.Thread(target=publish, args=(other, "efgh")),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {name.removeprefix("tiny/") for name in publisher.releases()} == set("abcdefgh")
+    assert len(_names(publisher, "director")["targets"]) == 8
+
+
+@pytest.mark.parametrize("plan", [(0, 1), (1, 2), (2, 0), (65, 1)])
+def test_a_key_plan_that_cannot_work_is_refused(plan: tuple[int, int]) -> None:
+    with pytest.raises(ExportError, match="allowed: 1 to all"):
+        KeyPlan(*plan)
