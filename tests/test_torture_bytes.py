@@ -143,3 +143,11 @@ def test_p7_no_key_is_logged(tmp_path):
 
 def test_l7_the_seal_is_cheap(tmp_path):
     short(l7_cost.run, tmp_path)
+
+
+def test_f12_what_version_1_sealed_and_stored_still_opens():
+    """Changed before the first release only: `python tests/vectors/freeze.py v1` makes it anew."""
+    folders = sorted((p1_vectors.HERE).glob("v[0-9]*"))
+
+    assert folders
+    assert list(p1_vectors.CHECKS["frozen"]()) == [True] * 22 * len(folders)
