@@ -67,6 +67,11 @@ class Child:
                     what = "it ended" if ended else f"{timeout_s:.0f} s passed"
                     raise Slow(f"no {start!r}: {what}; {self.last_words()}")
 
+    def said(self, start: str) -> bool:
+        """Whether a line that begins with `start` came."""
+        with self._heard:
+            return any(line.startswith(start) for _, line in self._lines)
+
     def tell(self, line: str) -> None:
         """Write one line to the child's standard input."""
         assert self._process.stdin is not None

@@ -174,6 +174,10 @@ class Headquarters:
         """Connect, tell the devices our keys, and take mail from now on."""
         self.courier.start()
         self.runner.start_mail(self.courier)
+        self.announce()
+
+    def announce(self) -> None:
+        """Tell the devices our keys."""
         now_s = time.time()
         self.courier.announce_keys(
             sign_bundle(

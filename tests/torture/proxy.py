@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Way = Literal["up", "down"]
 
 PIECE = 16 * 1024
 BACKLOG_BYTES = 64 * 1024
@@ -69,12 +71,14 @@ class Proxy:
     """Listens on `port` of 127.0.0.1 and passes everything on to `target`, another port there.
 
     Attributes:
-        up, down: bytes taken from clients, and from the target, since the start.
+        passed: bytes taken from clients ("up") and from the target ("down") since the start.
         connections: how many were served.
     """
 
     def __init__(self, roof: Roof, target: int, rng: random.Random) -> None:
-        self.up = self.down = self.connections = 0
+        self.passed: dict[Way, int] = {"up": 0, "down": 0}
+        self.connections = 0
+        self._marks: list[tuple[Way, int, threading.Event]] = []
         self._roof, self._target, self._rng = roof, target, rng
         self._weather = CLEAR
         self._changed = asyncio.Event()
@@ -89,6 +93,12 @@ class Proxy:
     def cut(self) -> None:
         """End every connection now."""
         self._roof.loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._live])
+
+    def mark(self, way: Way, more: int) -> threading.Event:
+        """Return an event that is set once `more` bytes have passed that way from now on."""
+        event = threading.Event()
+        self._marks.append((way, self.passed[way] + more, event))
+        return event
 
     def close(self) -> None:
         """Stop listening and end every connection."""
@@ -125,8 +135,8 @@ class Proxy:
             self.connections += 1
             dead = [False]
             both = [
-                asyncio.ensure_future(self._pass(reader, other, self._count_up, dead)),
-                asyncio.ensure_future(self._pass(source, writer, self._count_down, dead)),
+                asyncio.ensure_future(self._pass(reader, other, "up", dead)),
+                asyncio.ensure_future(self._pass(source, writer, "down", dead)),
             ]
             try:
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -158,7 +168,7 @@ class Proxy:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
-        count: Callable[[int], None],
+        way: Way,
         dead: list[bool],
     ) -> None:
         """One direction: pieces wait in a queue until their time has come."""
@@ -166,7 +176,7 @@ class Proxy:
         sender = asyncio.ensure_future(self._send(queue, writer))
         try:
             while piece := await reader.read(PIECE):
-                count(len(piece))
+                self._count(way, len(piece))
                 dead[0] = dead[0] or self._weather.half_open
                 if dead[0]:
                     continue
@@ -208,8 +218,8 @@ class Proxy:
         at = self._rng.randrange(len(piece))
         return piece[:at] + bytes([piece[at] ^ self._rng.randrange(1, 256)]) + piece[at + 1 :]
 
-    def _count_up(self, size: int) -> None:
-        self.up += size
-
-    def _count_down(self, size: int) -> None:
-        self.down += size
+    def _count(self, way: Way, size: int) -> None:
+        self.passed[way] += size
+        for mark in [m for m in self._marks if m[0] == way and m[1] <= self.passed[way]]:
+            self._marks.remove(mark)
+            mark[2].set()
