@@ -5,6 +5,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_sdk.errors import (
@@ -15,6 +16,7 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
+from edge_sdk.graphs import check_bundle
 from edge_sdk.models import MAX_STARTS, Held, ModelStore, child_probe
 from edge_sdk.wire.manifest import GOLDEN_FILE
 from edge_sdk.wire.messages import OfferModel
@@ -426,3 +428,30 @@ def test_other_answers_than_at_the_export_fail_the_trial(device: Device) -> None
     child_probe(timeout_s=60)(held)
     golden.write_bytes(data)
     child_probe(timeout_s=60)(held)
+
+
+def test_a_graph_that_wants_more_memory_than_there_is_harms_only_its_trial(
+    device: Device,
+) -> None:
+    import onnx
+
+    held = device.install("r1")
+    path = Path(held.bundle) / "model.onnx"
+    graph = onnx.load(str(path), load_external_data=False)
+    size = onnx.numpy_helper.from_array(np.array([6 * 2**30], np.int64), "huge.size")
+    graph.graph.initializer.append(size)
+    nodes = [
+        onnx.helper.make_node("ConstantOfShape", ["huge.size"], ["huge"]),  # 24 GiB of zeros
+        onnx.helper.make_node("ReduceSum", ["huge"], ["huge.sum"], keepdims=0),
+        onnx.helper.make_node("Add", ["logits.small", "huge.sum"], ["logits"]),
+    ]
+    for node in graph.graph.node:
+        node.output[:] = ["logits.small" if o == "logits" else o for o in node.output]
+    graph.graph.node.extend(nodes)
+    onnx.save(graph, str(path))
+
+    check_bundle(Path(held.bundle))  # nothing is wrong with its form
+    started = time.monotonic()
+    with pytest.raises(RuntimeFailure, match="failed its trial"):
+        child_probe(timeout_s=60)(held)
+    assert time.monotonic() - started < 30
