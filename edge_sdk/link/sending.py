@@ -10,7 +10,7 @@ each chunk is read and sealed when it is sent (sealed.py).
 
 import logging
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,6 +48,7 @@ LONGEST_SLOW_S = 60
 """A Slow is not signed: whoever forges one delays a message by no more than this."""
 _BATCH = 64  # messages begun in one transaction
 _BATCH_BYTES = 8 * 1024 * 1024  # or so many bytes, since sealing keeps others from the mailbox
+_BODIES = 8  # messages whose seal is remembered for the next peer; half a MiB each at most
 _KNOCK_PAUSE_S = 1.0  # a peer that keeps knocking does not make us resend more often than this
 
 
@@ -103,6 +104,7 @@ class Sender:
     """On a device: where it is noted what leaves, before it does."""
     _streams: dict[bytes, _Stream] = field(default_factory=dict)
     _finished: dict[bytes, _Stream] = field(default_factory=dict)
+    _bodies: OrderedDict[object, Sealer] = field(default_factory=OrderedDict)
     _shelf: Shelf = field(init=False)
     _peers: dict[bytes, str] = field(default_factory=dict)
     _gone: deque[str] = field(default_factory=deque)
@@ -286,6 +288,9 @@ class Sender:
 
     def _sealed(self, item: Posted, peer: PublicIdentity) -> tuple[bytes, bytes]:
         now_s = int(self.now())
+        # One message to many is encrypted once: each peer gets a wrap and a signature of its own.
+        place = (item.kind, item.task, self.identity.public.sign_id, *item.body.place)
+        known = self._bodies.get(place)
         sealer = Sealer.begin(
             item.body.size,
             tenant=self.tenant,
@@ -299,9 +304,14 @@ class Sender:
             expires_s=now_s + int(self.lifetime_s),
             sender=self.identity.public,
             recipient=peer,
+            body=known,
         )
-        for index, piece in enumerate(item.body.pieces(CHUNK_BYTES)):
-            sealer.chunk(index, piece)
+        if known is None:
+            for index, piece in enumerate(item.body.pieces(CHUNK_BYTES)):
+                sealer.chunk(index, piece)
+            self._bodies[place] = sealer
+            if len(self._bodies) > _BODIES:
+                self._bodies.popitem(last=False)
         manifest = sealer.manifest(self.identity)
         self.mailbox.keep_seal(item.stream, manifest, sealer.file_key)
         return manifest, sealer.file_key

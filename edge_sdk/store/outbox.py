@@ -78,6 +78,11 @@ class Body:
     _offset: int = 0
 
     @property
+    def place(self) -> tuple[int, bytes, str, int]:
+        """What two bodies of the same bytes have alike: size, hash of the head, file and offset."""
+        return self.size, hashlib.sha256(self.head).digest(), self._file, self._offset
+
+    @property
     def there(self) -> bool:
         """Whether its file, if it has one, still has all of it."""
         rest = self.size - len(self.head)
