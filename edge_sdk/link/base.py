@@ -10,6 +10,9 @@ from typing import Protocol
 Handler = Callable[[str, bytes], None]
 """Called with (topic, payload) on the link's own thread; must hand over and return at once."""
 
+Refused = Callable[[str, bytes, str, bool], None]
+"""Called with (topic, the payload's first HEAD_BYTES, reason, whether it was too large)."""
+HEAD_BYTES = 17
 MAX_PAYLOAD_BYTES = 320 * 1024
 """Payload limit where the broker names none. A chunk is 64 KiB; the largest manifest (512 MiB of
 64 KiB chunks) carries 256 KiB of hashes. Brokers with a 128 KiB limit take models of 200 MB."""
@@ -25,6 +28,11 @@ class Link(Protocol):
     @property
     def max_payload(self) -> int:
         """Largest payload in bytes that `publish` takes at present."""
+
+    @property
+    def trusted_payload(self) -> int:
+        """Largest payload that the broker seems to take: less than `max_payload`, for some time,
+        after it cut the connection again and again on larger ones."""
 
     def connect(self, *, wait_s: float = 0.0) -> None:
         """Start connecting in the background, and keep trying until `close`.
@@ -47,6 +55,9 @@ class Link(Protocol):
 
     def subscribe(self, topic: str, handler: Handler) -> None:
         """Deliver what arrives on `topic` to `handler`, now and after every reconnect."""
+
+    def on_refused(self, callback: Refused) -> None:
+        """Call `callback` when the broker refuses a message that `publish` took."""
 
     def on_connect(self, callback: Callable[[], None]) -> None:
         """Call `callback` after each connect, once the subscriptions are in place."""

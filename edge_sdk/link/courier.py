@@ -13,6 +13,7 @@ import random
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from time import monotonic, time
@@ -119,6 +120,7 @@ class Courier:
         self._sent: Counter[tuple[str, str]] = Counter()  # (peer, kind) -> bytes
         self._received: Counter[tuple[str, str]] = Counter()
         self._inbox: deque[tuple[str, bytes] | None] = deque()  # None: the link is up
+        self._refusals: deque[tuple[bytes, str, bool]] = deque()
         self._inbox_bytes = 0
         self._stir = threading.Condition()
         self._stirred = False
@@ -167,6 +169,7 @@ class Courier:
             link.subscribe(f"v1/{tenant}/{me}/down", self._on_message)
             link.subscribe(f"v1/{tenant}/{COORDINATOR}/keys", self._on_message)
         link.on_connect(self._on_connect)
+        link.on_refused(self._on_refused)
 
     # --- for the application ----------------------------------------------------------------
 
@@ -341,6 +344,8 @@ class Courier:
             self._guarded("reading the outbox", self._sender.refill)
         if self._clock() >= self._next_tidy:
             self._guarded("tidying up", self._tidy)
+        while self._refusals:
+            self._guarded("putting aside", partial(self._sender.refused, *self._refusals.popleft()))
         self._guarded("sending", self._sender.tick)
 
     def _take(self, frames: int) -> None:
@@ -402,6 +407,10 @@ class Courier:
         with self._stir:
             self._inbox.append(None)
             self._stir.notify_all()
+
+    def _on_refused(self, _topic: str, head: bytes, reason: str, too_large: bool) -> None:
+        self._refusals.append((head[1:], reason, too_large))
+        self.nudge()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         with self._stir:

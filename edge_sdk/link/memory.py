@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_sdk.errors import LinkError
-from edge_sdk.link.base import MAX_PAYLOAD_BYTES, Handler, matches
+from edge_sdk.link.base import HEAD_BYTES, MAX_PAYLOAD_BYTES, Handler, Refused, matches
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,9 @@ class MemoryLink:
     def __init__(self, broker: MemoryBroker, name: str, max_payload: int) -> None:
         self.name = name
         self.sent_bytes = 0
+        self.refuse: Callable[[bytes], str] = lambda _payload: ""
+        """Why the broker refuses a payload, "" if it takes it; replace it in a test."""
+        self._refused: list[Refused] = []
         self._broker = broker
         self._max_payload = max_payload
         self._handlers: list[tuple[str, Handler]] = []
@@ -113,6 +116,11 @@ class MemoryLink:
 
     @property
     def max_payload(self) -> int:
+        """Largest payload in bytes that `publish` takes."""
+        return self._max_payload
+
+    @property
+    def trusted_payload(self) -> int:
         """Largest payload in bytes that `publish` takes."""
         return self._max_payload
 
@@ -148,6 +156,11 @@ class MemoryLink:
                 "send smaller chunks"
             )
         self.sent_bytes += len(payload)
+        reason = self.refuse(payload)
+        if reason:
+            for callback in self._refused:
+                callback(topic, payload[:HEAD_BYTES], reason, False)
+            return
         self._broker._publish(topic, payload, retain=retain)
 
     def subscribe(self, topic: str, handler: Handler) -> None:
@@ -160,6 +173,10 @@ class MemoryLink:
     def on_connect(self, callback: Callable[[], None]) -> None:
         """Call `callback` after each connect."""
         self._callbacks.append(callback)
+
+    def on_refused(self, callback: Refused) -> None:
+        """Call `callback` when a message is refused; `refuse` says which are."""
+        self._refused.append(callback)
 
     def wants(self, topic: str) -> bool:
         """Whether some subscription of this link covers `topic`."""

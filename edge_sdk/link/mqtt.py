@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
@@ -29,7 +30,8 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_sdk.errors import ConfigError, LinkError
-from edge_sdk.link.base import MAX_PAYLOAD_BYTES, Handler, matches
+from edge_sdk.link.base import HEAD_BYTES, MAX_PAYLOAD_BYTES, Handler, Refused, matches
+from edge_sdk.link.limits import PatientClient, SizeGuess
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ _ANSWER_SELECT_S = 0.1
 # soon means 3.1.1; a slow link that ends up there loses nothing but speed.
 _ANSWER_S = {MQTTProtocolVersion.MQTTv5: 1.2, MQTTProtocolVersion.MQTTv311: 20.0}
 _NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME; Python has no name for it
+_TOO_LARGE = 149
 _VERSIONS = {"5": MQTTProtocolVersion.MQTTv5, "3.1.1": MQTTProtocolVersion.MQTTv311}
 
 
@@ -134,12 +137,16 @@ class MqttLink:
         self._up = False
         self._client: paho.Client | None = None
         self._subscribe_id: int | None = None
-        self._unacknowledged: dict[int, int] = {}  # packet id -> bytes
+        self._unacknowledged: dict[
+            int, tuple[int, str, bytes]
+        ] = {}  # packet id -> size, topic, head
+        self._guess = SizeGuess(time.monotonic)
+        self._refused: list[Refused] = []
         self._early: set[int] = set()  # acknowledged before publish() had returned its id
         self._reserved = [0, 0]  # messages, bytes: handed to paho or about to be
-        self._inbox: queue.SimpleQueue[tuple[paho.Client, paho.MQTTMessage] | None] = (
-            queue.SimpleQueue()
-        )
+        self._inbox: queue.SimpleQueue[
+            tuple[paho.Client, paho.MQTTMessage] | Callable[[], None] | None
+        ] = queue.SimpleQueue()
         self._inbox_bytes = 0
 
     # --- the Link ---------------------------------------------------------------------------
@@ -155,6 +162,11 @@ class MqttLink:
         if self.limits is None or self.limits.max_packet_bytes is None:
             return self._own_max_payload
         return min(self._own_max_payload, self.limits.max_packet_bytes - _PACKET_HEADER_BYTES)
+
+    @property
+    def trusted_payload(self) -> int:
+        """As `max_payload`; less for a while after the broker cut us off for larger ones."""
+        return min(self.max_payload, self._guess.limit)
 
     def connect(self, *, wait_s: float = 0.0) -> None:
         """Start connecting; see Link.connect.
@@ -219,7 +231,8 @@ class MqttLink:
                 self._early.discard(info.mid)
                 self._free(len(payload))
             else:
-                self._unacknowledged[info.mid] = len(payload)
+                self._unacknowledged[info.mid] = (len(payload), topic, payload[:HEAD_BYTES])
+                self._guess.sent(len(payload))
 
     def subscribe(self, topic: str, handler: Handler) -> None:
         """Deliver what arrives on `topic` to `handler`, now and after every reconnect."""
@@ -227,6 +240,10 @@ class MqttLink:
         client = self._client
         if client is not None and self._up:
             self._ask_for(client, [topic])
+
+    def on_refused(self, callback: Refused) -> None:
+        """Call `callback`, on the delivering thread, when the broker refuses a message."""
+        self._refused.append(callback)
 
     def on_connect(self, callback: Callable[[], None]) -> None:
         """Call `callback` after each connect, once the subscriptions are in place."""
@@ -314,7 +331,7 @@ class MqttLink:
 
     def _new_client(self, version: MQTTProtocolVersion) -> paho.Client:
         v5 = version is MQTTProtocolVersion.MQTTv5
-        client = paho.Client(
+        client = PatientClient(
             CallbackAPIVersion.VERSION2,
             client_id=self._client_id,
             clean_session=None if v5 else True,
@@ -332,6 +349,7 @@ class MqttLink:
         client.on_subscribe = self._on_suback
         client.on_message = self._on_message
         client.on_publish = self._on_puback
+        client.on_odd_puback = self._on_odd_puback
         client.on_disconnect = self._on_disconnect
         client.on_socket_open = _without_delay
         # Without this paho writes from the publishing thread, racing with our loop.
@@ -362,6 +380,8 @@ class MqttLink:
             was_up, self._up = self._up, False
             self._client = None
             self._subscribe_id = None
+            if was_up and not self._closing.is_set():
+                self._guess.cut([size for size, _, _ in self._unacknowledged.values()])
             self._unacknowledged.clear()
             self._early.clear()
             self._reserved = [0, 0]
@@ -456,14 +476,34 @@ class MqttLink:
         with self._state:
             if client is not self._client:
                 return
-            size = self._unacknowledged.pop(mid, None)
-            if size is None:
+            sent = self._unacknowledged.pop(mid, None)
+            if sent is None:
                 self._early.add(mid)
             else:
-                self._free(size)
+                self._free(sent[0])
+            if sent is not None and not reason.is_failure:
+                self._guess.taken(sent[0])
         if reason.is_failure:
-            self.refused += 1
-            logger.warning("broker %s refused a message: %s", self.url, reason)
+            self._refuse(sent, str(reason))
+
+    def _on_odd_puback(self, client: paho.Client, mid: int, code: int) -> None:
+        """A PUBACK with a reason that paho does not know; 149 is "packet too large"."""
+        with self._state:
+            sent = self._unacknowledged.pop(mid, None) if client is self._client else None
+            if sent is not None:
+                self._free(sent[0])
+        too_large = code == _TOO_LARGE
+        self._refuse(sent, "Packet too large" if too_large else f"reason {code}", too_large)
+
+    def _refuse(
+        self, sent: tuple[int, str, bytes] | None, reason: str, too_large: bool = False
+    ) -> None:
+        self.refused += 1
+        logger.warning("broker %s refused a message: %s", self.url, reason)
+        if sent is not None:
+            _, topic, head = sent
+            for callback in self._refused:
+                self._inbox.put(partial(callback, topic, head, reason, too_large))
 
     def _on_disconnect(
         self, _client: paho.Client, _data: Any, _flags: Any, reason: ReasonCode, _said: Any
@@ -481,6 +521,9 @@ class MqttLink:
             if item is None:
                 for callback in list(self._callbacks):
                     callback()
+                continue
+            if callable(item):
+                item()
                 continue
             client, message = item
             with self._state:

@@ -36,6 +36,7 @@ from edge_sdk.wire.transfer import (
     Refusal,
     Reject,
     Slow,
+    Want,
     encode_frame,
 )
 
@@ -46,6 +47,8 @@ STREAMS_PER_PEER = 4
 LONGEST_WAIT_S = 300.0
 LONGEST_SLOW_S = 60
 """A Slow is not signed: whoever forges one delays a message by no more than this."""
+_MOST_REFUSALS = 5
+_STUCK = 4
 _BATCH = 64  # messages begun in one transaction
 _BATCH_BYTES = 8 * 1024 * 1024  # or so many bytes, since sealing keeps others from the mailbox
 _BODIES = 8  # messages whose seal is remembered for the next peer; half a MiB each at most
@@ -65,6 +68,9 @@ class _Stream:
     wait_s: float
     quiet: int = 0
     acknowledged: int = 0
+    refusals: int = 0
+    wants: int = 0
+    """Answers to our Offers since the last progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +140,8 @@ class Sender:
         pending = self.mailbox.pending()
         busy: dict[str, int] = {}
         for current in self._streams.values():
-            busy[current.to] = busy.get(current.to, 0) + 1
+            if current.wants < _STUCK:  # what gets nowhere keeps nobody waiting
+                busy[current.to] = busy.get(current.to, 0) + 1
         while pending:
             with self.mailbox.transaction():  # what was sealed how is kept before anything leaves
                 begun = self._begin_some(pending, busy)
@@ -194,6 +201,7 @@ class Sender:
         elif isinstance(frame, Slow):
             self._hold(current, frame.wait_s)
         else:
+            current.wants += isinstance(frame, Want)
             self._advance(current, outgoing, frames)
         return current.kind
 
@@ -351,7 +359,7 @@ class Sender:
             # On a slow link answers take long; patience follows what was seen.
             seen_s = 4 * (self.clock() - current.sent_at)
             current.wait_s = max(self.patience_s, min(current.wait_s, seen_s))
-            current.quiet = 0
+            current.quiet = current.wants = current.refusals = 0
             self._report(current, min(current.size, current.acknowledged * CHUNK_BYTES))
         current.due = self.clock() + self._jittered(current.wait_s)
         if frames:
@@ -384,12 +392,33 @@ class Sender:
                 )
                 self._park(current, reason)
                 return
+            if len(data) > self.link.trusted_payload:
+                self._stall(current, "the broker seems to cut connections for messages that large")
+                return
             if not self.publish(current.to, current.kind, data):
                 break
             if self.ledger is not None:
                 self.ledger.count(current.stream, len(data))
         current.sent_at = self.clock()
         current.due = current.sent_at + self._jittered(current.wait_s)
+
+    def refused(self, stream: bytes, reason: str, too_large: bool) -> None:
+        """The broker refused a frame of `stream`: no use to send it again, at least not soon."""
+        current = self._streams.get(stream)
+        if current is None:
+            return
+        current.refusals += 1
+        if too_large or current.refusals >= _MOST_REFUSALS:
+            self._park(current, f"the broker refused it: {reason}")
+        else:
+            self._stall(current, f"the broker refused it: {reason}", current.wait_s)
+
+    def _stall(self, current: _Stream, reason: str, wait_s: float = LONGEST_WAIT_S) -> None:
+        logger.warning("%s to %s waits: %s", current.kind, current.to[:12], reason)
+        current.wants = _STUCK  # others may go before it
+        current.wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
+        current.due = self.clock() + self._jittered(wait_s)
+        self.settled(current.stream)
 
     def _rejected(self, current: _Stream, reject: Reject) -> None:
         # Asked in this order: the ring waits with its answer while it changes keys, so either the
