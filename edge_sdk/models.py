@@ -21,10 +21,8 @@ import logging
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -40,38 +38,20 @@ from edge_sdk.errors import (
     TrustError,
 )
 from edge_sdk.graphs import OPERATORS, check_bundle, check_files
-from edge_sdk.plain_files import open_plain
+from edge_sdk.plain_files import copy_plain, replace_bytes, sync_folder
+from edge_sdk.trial import Held, Probe, child_probe
 from edge_sdk.trust import TargetFile, TrustedRelease, held_targets, is_target
 from edge_sdk.wire.manifest import ADAPTER_FILE, MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import Name, OfferModel
 
+__all__ = ["MAX_STARTS", "Held", "ModelStore", "Probe", "child_probe"]
+
 logger = logging.getLogger(__name__)
 
-PROBE_BASE_MB = 4096
-"""MiB of address space of a trial beside the bundle: Python and ONNX Runtime map some 2 GiB."""
 MAX_STARTS = 5
 """Starts without one answer after which a release is given up: crashes, or unlucky power cuts."""
 _CRASHED_KEPT = 16
 _NAME = msgspec.json.Decoder(Name)
-
-
-class Held(Struct, frozen=True, forbid_unknown_fields=True):
-    """A release on this disk: the bundle's folder and, for an adapter release, its adapter file."""
-
-    family: str
-    release: str
-    bundle: str
-    adapter: str = ""
-
-    @property
-    def adapter_path(self) -> Path | None:
-        """The adapter file to load over the bundle, if any."""
-        return Path(self.adapter) if self.adapter else None
-
-    @property
-    def base_release(self) -> str:
-        """The release of the bundle below an adapter; the release itself where there is none."""
-        return Path(self.bundle).name
 
 
 class _Pointer(Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,10 +62,6 @@ class _Pointer(Struct, frozen=True, forbid_unknown_fields=True):
     proven: bool = True
     starts: int = 0
     crashed: tuple[str, ...] = ()
-
-
-Probe = Callable[[Held], None]
-"""Tries a release without trusting it to be harmless; raises RuntimeFailure if it fails."""
 
 
 class ModelStore:
@@ -147,7 +123,7 @@ class ModelStore:
             StorageError: the disk refuses.
         """
         with _stored("keep a received file in"):
-            _replace(self._incoming / _flat(path), data)
+            replace_bytes(self._incoming / _flat(path), data)
 
     def put_piece(self, path: str, data: bytes, *, offset: int, size: int) -> bool:
         """Keep a part of a received file of `size` bytes; return whether all of it is here now.
@@ -177,7 +153,7 @@ class ModelStore:
                 file.flush()
                 os.fsync(file.fileno())
             parts[str(offset)] = len(data)
-            _replace(noted, msgspec.json.encode(parts))
+            replace_bytes(noted, msgspec.json.encode(parts))
         return sum(parts.values()) == size
 
     def put_file(self, path: str, source: Path) -> None:
@@ -205,9 +181,9 @@ class ModelStore:
             except OSError as exc:
                 if exc.errno != errno.EXDEV:
                     raise
-                _copy(source, kept)
+                copy_plain(source, kept)
                 source.unlink()
-            _sync_folder(self._incoming)
+            sync_folder(self._incoming)
 
     def install(self, offer: OfferModel, *, now: datetime) -> Held:
         """Verify every file, complete the release under its name, try it, and run it from now on.
@@ -336,7 +312,7 @@ class ModelStore:
             try:
                 for target in targets:
                     copied = draft / target.path.rsplit("/", 1)[-1]
-                    _copy(sources[target.path] or draft, copied)
+                    copy_plain(sources[target.path] or draft, copied)
                     if not is_target(copied, target):
                         raise DigestError(f"{target.path} changed while it was repaired")
                 self._put_in_place(draft, folder)
@@ -345,13 +321,13 @@ class ModelStore:
         logger.warning("repaired release %s: its files had been altered", folder.name)
 
     def _put_in_place(self, draft: Path, final: Path) -> None:
-        _sync_folder(draft)
+        sync_folder(draft)
         if final.is_symlink() or final.is_file():
             final.unlink()
         elif final.exists():
             shutil.rmtree(final)
         os.rename(draft, final)
-        _sync_folder(self._bundles)
+        sync_folder(self._bundles)
 
     def _complete(self, folder: Path, targets: list[TargetFile]) -> bool:
         """Whether the folder holds exactly the targets, each one plain file of the signed bytes."""
@@ -429,7 +405,7 @@ class ModelStore:
     def _change(self, **changes: object) -> None:
         pointer = msgspec.structs.replace(self._pointer, **changes)
         with _stored("switch models in"):
-            _replace(self._folder / "current.json", msgspec.json.encode(pointer))
+            replace_bytes(self._folder / "current.json", msgspec.json.encode(pointer))
         self._pointer = pointer
 
     def _read_pointer(self) -> _Pointer:
@@ -455,38 +431,6 @@ class ModelStore:
                     shutil.rmtree(folder, ignore_errors=True)
             for file in self._incoming.iterdir():
                 file.unlink()
-
-
-def child_probe(*, timeout_s: float, memory_mb: int = 0, threads: int = 1) -> Probe:
-    """Return a probe that loads the release in a child process and compares what it answers.
-
-    A hostile or broken model can then exhaust only that process, which is limited in time and in
-    address space (`memory_mb`; 0 means PROBE_BASE_MB plus four times the bundle) and can write no
-    file. Its answers must come close to those the bundle gave where it was exported.
-    """
-
-    def probe(held: Held) -> None:
-        size_mb = sum(f.stat().st_size for f in Path(held.bundle).iterdir()) >> 20
-        limit_mb = memory_mb or PROBE_BASE_MB + 4 * size_mb
-        command = [sys.executable, "-B", "-m", "edge_sdk.probe", held.bundle, held.adapter]
-        command += [str(limit_mb), str(threads), f"{timeout_s:g}"]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, timeout=timeout_s, text=True, check=False
-            )
-        except subprocess.TimeoutExpired as exc:
-            raise RuntimeFailure(
-                f"release {held.release} did not answer within {timeout_s:g} s in its trial"
-            ) from exc
-        except OSError as exc:
-            raise RuntimeFailure(f"cannot start the trial of {held.release}: {exc}") from exc
-        if done.returncode:
-            words = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeFailure(
-                f"release {held.release} failed its trial (exit {done.returncode}): {words}"
-            )
-
-    return probe
 
 
 def _sound_paths(offer: OfferModel) -> tuple[str, ...]:
@@ -524,43 +468,6 @@ def _read_manifest(folder: Path) -> ReleaseManifest | None:
 def _flat(path: str) -> str:
     """A file name for a target path that cannot leave its folder."""
     return hashlib.sha256(path.encode()).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write by temporary file, fsync and rename: after a power cut either old or new is there."""
-    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-        _sync_folder(path.parent)
-    except OSError:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def _copy(source: Path, path: Path) -> None:
-    """Copy to another file system, piece by piece; complete under its name or not there."""
-    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file, open_plain(source) as old:
-            shutil.copyfileobj(old, file, 1 << 20)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError:
-        Path(draft).unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

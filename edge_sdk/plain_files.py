@@ -1,11 +1,13 @@
-"""Opens a file only if it is what it seems: regular, under one name, no link, pipe or device.
+"""Files that are what they seem, and writes that survive a power cut.
 
-Knows what the file system says about a path. Does not know what is in the file.
+Knows links, pipes, temporary names, fsync and rename. Does not know what is in a file.
 """
 
 import errno
 import os
+import shutil
 import stat
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,3 +33,40 @@ def open_plain(path: Path) -> BinaryIO:
 def _require_plain(seen: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(seen.st_mode) or seen.st_nlink != 1:
         raise OSError(errno.EPERM, "not one plain file", str(path))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write by temporary file, fsync and rename: after a power cut either old or new is there."""
+    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def copy_plain(source: Path, path: Path) -> None:
+    """Copy to another file system, piece by piece; complete under its name or not there."""
+    handle, draft = tempfile.mkstemp(prefix=".new-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file, open_plain(source) as old:
+            shutil.copyfileobj(old, file, 1 << 20)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
