@@ -38,8 +38,8 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
     tests = FULL if scale is Scale.FULL else SHORT
     say("P7", f"running {len(tests)} test files under the key scan")
     seen = run_watched(tests, folder, limit_s=LIMIT_S)
-    keys = [path for path in (folder / "tmp").rglob("*.key") if path.is_file()]
-    # Tests that open a file to others on purpose name it so in their own folder.
+    keys = [path for path in (folder / "tmp").rglob("*") if path.is_file() and _holds_key(path)]
+    # Tests that open a file to others on purpose do so in a folder of that name.
     loose = [
         path
         for path in keys
@@ -64,3 +64,10 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
             "tests": seen["tests"],
         },
     )
+
+
+def _holds_key(path: Path) -> bool:
+    """Whether the product wrote a private key there; raw bytes that tests write are theirs."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    return head.startswith((b"symbiont-identity-", b"-----BEGIN PRIVATE", b"-----BEGIN EC PRIV"))
