@@ -6,8 +6,6 @@ revoked by `symbiont device revoke` in a process of its own, while it sends with
 coordinator that runs here. The moment of revocation is when the row changes in the database.
 """
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -16,15 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from coordinator.config import CoordinatorConfig
-from edge_sdk.cli import main
 from edge_sdk.link.broker import find_mosquitto, start_broker
 from edge_sdk.link.dial import dial
 from edge_sdk.link.mqtt import MqttLink
 from edge_sdk.wire.enrolment import EnrolmentCode
-from tests.torture.keys_world import SETTINGS, Device, Tenant, free_port, mqtt, until
+from tests.torture.keys_world import SETTINGS, Device, Tenant, command, free_port, mqtt, until
+from tests.torture.mutual_world import Town
 from tests.torture.result import Result, Scale, say
 
 ACCEPT_LIMIT_S, SESSION_LIMIT_S = 1.0, 10.0
@@ -49,6 +46,8 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
                     f"device {number}: session {figures[0]:.2f} s, envelope {figures[1]:.2f} s",
                 )
             tenant.close()
+        closed["mosquitto, mutual TLS"] = _mutual(folder / "mutual", devices, problems)
+        say("B9", f"mutual TLS: sessions {closed['mosquitto, mutual TLS']}")
     closed["amqtt"] = [_embedded(folder / "amqtt")]
     worst_session = max(max(each) for each in closed.values())
     worst_accept = max((max(each) for each in late.values()), default=0.0)
@@ -148,6 +147,28 @@ class _Watch:
         self.closed_at = time.monotonic()
 
 
+def _mutual(folder: Path, devices: int, problems: list[str]) -> list[float]:
+    """Seconds until the sessions of devices with certificates have ended, by take-over."""
+    folder.mkdir()
+    town, closed = Town(folder), []
+    for number in range(devices):
+        name = f"device-{number}"
+        with town.device(name) as device:
+            device.run_in_background()
+            until(lambda d=device: d.status()["connected"], f"the connection of {name}")
+            began = time.monotonic()
+            told = command("device", "revoke", name, "--config", town.file)
+            until(lambda d=device: not d.status()["connected"], f"the end of {name}", 15.0)
+            closed.append(time.monotonic() - began)
+            if told["session"] != "ended":
+                problems.append(f"{name}: {told}")
+            time.sleep(0.5)
+            if device.status()["connected"]:
+                problems.append(f"{name} came back with its certificate")
+    town.close()
+    return closed
+
+
 def _embedded(folder: Path) -> float:
     """Seconds until the broker in Python has ended the session of somebody who left its list."""
     with start_broker(folder, users={"coordinator": "c", "kitchen": "k"}, prefer="amqtt") as broker:
@@ -187,13 +208,3 @@ def _operators_broker(folder: Path) -> Iterator[CoordinatorConfig]:
 def _coordinator(config: CoordinatorConfig) -> MqttLink:
     service = config.service
     return dial(service.broker, user=service.username, password_file=service.password_file)
-
-
-def command(*words: object) -> dict[str, Any]:
-    """Run a `symbiont` command in this process and return its JSON object."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        code = main([*map(str, words), "--json"])
-    found: dict[str, Any] = json.loads(said.getvalue())
-    assert code == 0, found
-    return found

@@ -5,6 +5,9 @@ so that hundreds of lives fit into a minute. Devices send Scores to tasks of the
 what the coordinator accepted is written down in `counted`, in the transaction that accepts it.
 """
 
+import contextlib
+import io
+import json
 import random
 import socket
 import threading
@@ -17,6 +20,7 @@ from typing import Any
 from coordinator.config import CoordinatorConfig
 from coordinator.desk import Desk
 from coordinator.warden import Warden
+from edge_sdk.cli import main
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import LinkError
 from edge_sdk.link.base import Link
@@ -73,6 +77,16 @@ def mqtt(broker: Broker, user: str) -> MqttLink:
     return MqttLink(
         broker.url_for(user), first_retry_s=0.05, last_retry_s=0.3, mqtt_version=version
     )
+
+
+def command(*words: object) -> dict[str, Any]:
+    """Run a `symbiont` command in this process and return its JSON object."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = main([*map(str, words), "--json"])
+    found: dict[str, Any] = json.loads(said.getvalue())
+    assert code == 0, found
+    return found
 
 
 def free_port() -> int:
@@ -173,9 +187,9 @@ class Tenant:
             for letter in self.desk.mailbox.unread():
                 message = decode(bytes(letter.message))
                 if isinstance(message, Enrol) and self.desk.fleet.is_active(message.device):
-                    answer: AnyMessage = Enrolled(
-                        message.device, self.tuf_root, self.desk.config.task
-                    )
+                    pem = self._certificate(message.device, message.csr)
+                    task = self.desk.config.task
+                    answer = Enrolled(message.device, self.tuf_root, task, pem)
                     self.courier.send(message.device, answer, task=letter.task)
                 elif isinstance(message, RenewKeys):
                     pem = self._certificate(letter.sender, message.csr)
