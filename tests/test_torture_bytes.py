@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.store.mailbox import Acceptance, Mailbox
 from tests.torture import (
     b1_mutations,
     b2_replays,
@@ -52,6 +53,16 @@ def test_b2_no_replay_is_taken(tmp_path):
 
     assert (result.lost, result.doubled) == (0, 0)
     assert result.notes["restarts"] > 5
+
+
+def test_b2_would_notice_a_mailbox_that_forgets(tmp_path, monkeypatch):
+    monkeypatch.setattr(Mailbox, "accepted", lambda *_: False)
+    monkeypatch.setattr(Mailbox, "accept", lambda *_: Acceptance.NEW)
+
+    result = b2_replays.run(Scale.SHORT, SEED, tmp_path)
+
+    assert not result.passed
+    assert result.doubled
 
 
 @pytest.mark.parametrize("name", parsers())

@@ -208,14 +208,15 @@ def _chunk_lists(
 def _others(world: World, size: int, signer: PublicIdentity) -> Iterator[Case]:
     """Honest envelopes that were meant for somebody else."""
     own = world.seal(size)
-    for kind, changes in {
+    changed: dict[str, dict[str, object]] = {
         "tenant": {"tenant": "other"},
         "sender id": {"sender_id": "kitchen-2"},
         "recipient id": {"recipient_id": "kitchen-1"},
         "sender key": {"sender": world.stranger},
         "recipient key": {"recipient": world.stranger.public},
         "task": {"task": "round-2"},
-    }.items():
+    }
+    for kind, changes in changed.items():
         theirs = world.seal(size, **changes)
         if (
             kind != "task"

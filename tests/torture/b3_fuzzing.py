@@ -143,7 +143,7 @@ def _last(pattern: str, text: str) -> float:
 
 def child(name: str, seed: str, seconds: str, corpus: str) -> None:
     """Fuzz one parser in this process; never returns."""
-    import atheris
+    import atheris  # type: ignore[import-untyped]
 
     parser = parsers()[name]
 
@@ -159,7 +159,7 @@ def child(name: str, seed: str, seconds: str, corpus: str) -> None:
 
 
 if __name__ == "__main__":
-    import atheris as _atheris
+    import atheris as _atheris  # type: ignore[import-untyped]
 
     with _atheris.instrument_imports(include=["edge_sdk", "compression"]):
         for _name in [n for n in sys.modules if n.startswith(("edge_sdk", "compression"))]:

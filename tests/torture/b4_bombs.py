@@ -216,8 +216,8 @@ def _codecs() -> Iterator[Bomb]:
             "shapes": [[2, 16]],
         }
         text = json.dumps(record | changes)
-        head = {"__metadata__": {"codec": text}}
-        head |= {"empty": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}
+        empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+        head: dict[str, object] = {"__metadata__": {"codec": text}, "empty": empty}
         return _file(json.dumps(head).encode())
 
     yield "codec: 2^80 values", "codec", lambda: codec(shapes=[[2**40, 2**40]])

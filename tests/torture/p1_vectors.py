@@ -58,7 +58,7 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         f"mismatches in {sum(cases.values())} cases",
         "0 mismatches",
         complete and wrong == 0,
-        notes=cases,
+        notes=dict(cases),
     )
 
 

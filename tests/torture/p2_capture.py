@@ -226,8 +226,9 @@ def _down(secrets: list[str], rng: random.Random) -> Iterator[messages.AnyMessag
         yield messages.File("t", f"models/{secret}", data)
     metadata = {f"{n}.json": secret.encode() for n, secret in enumerate(part_of[3])}
     yield messages.OfferModel("t", "slm", "base", metadata, tuple(part_of[3]))
-    prompts = [f"Request: {{text}} {secret}" for secret in part_of[4][:2]]
-    task = messages.TextTask("kinds", *prompts, tuple(part_of[4][:256]), tuple(part_of[5][:256]))
+    prompt, other = (f"Request: {{text}} {secret}" for secret in part_of[4][:2])
+    names, words = part_of[4][:256], part_of[5][:256]
+    task = messages.TextTask("kinds", prompt, other, tuple(names), tuple(words))
     yield messages.Enrolled("kitchen", "".join(part_of[5]).encode(), task)
 
 

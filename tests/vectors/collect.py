@@ -96,7 +96,7 @@ def plaintext(size: int) -> bytes:
 
 def age(size: int) -> dict[str, Any]:
     """Encrypt with another implementation of age, and keep its payload key and payload's hash."""
-    import pyrage
+    import pyrage  # type: ignore[import-not-found]  # needed by nobody else
 
     identity = pyrage.x25519.Identity.generate()
     data = pyrage.encrypt(plaintext(size), [identity.to_public()])
