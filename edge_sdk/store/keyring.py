@@ -53,13 +53,13 @@ class Keyring:
         self._identity = load_or_create(path, hybrid=hybrid)
         self._ring = self._read()
         secret = self._identity.to_bytes()
-        if any(old.secret == secret for old in self._ring.retired):
-            # Stopped between the two writes of `confirm`: the ring is new, the keys are not yet.
-            self._ring = msgspec.structs.replace(
-                self._ring,
-                made_s=0.0,
-                retired=tuple(old for old in self._ring.retired if old.secret != secret),
-            )
+        # Stopped between two writes of `confirm`: before the keys were in their file, or after.
+        unfinished = any(old.secret == secret for old in self._ring.retired)
+        self._ring = _Ring(
+            0.0 if unfinished else self._ring.made_s,
+            b"" if self._ring.coming == secret else self._ring.coming,
+            tuple(old for old in self._ring.retired if old.secret != secret),
+        )
         self._index()
 
     @property
@@ -122,10 +122,13 @@ class Keyring:
             if coming is None:
                 return
             old = _Retired(self._identity.to_bytes(), now_s + grace_s)
-            self._write(_Ring(now_s, b"", (*self._ring.retired, old)))
+            others = tuple(each for each in self._ring.retired if each.secret != old.secret)
+            # The prepared keys stay in the ring until they are in the other file: a power cut at
+            # any point leaves both, or a device would no longer be who others think it is.
+            self._write(_Ring(now_s, self._ring.coming, (*others, old)))
             save(self._path, coming)
             self._identity = coming
-            self._index()
+            self._write(_Ring(now_s, b"", (*others, old)))
 
     def tidy(self, now_s: float) -> int:
         """Delete the retired keys whose time is over, and return how many these were."""
