@@ -22,6 +22,7 @@ GUESS_S = 600.0
 """How long a guess is believed; then one larger message is tried, as the cuts may have had another
 reason. That a guess can be wrong is why messages are held back by it and not given up."""
 _NO_LIMIT = 2**62
+_PUBACK_REASONS = frozenset({0, 16, 128, 131, 135, 144, 145, 151, 153})  # MQTT 5, section 3.4.2.1
 
 
 class SizeGuess:
@@ -73,14 +74,11 @@ class PatientClient(paho.Client):
 
     def _handle_pubackcomp(self, cmd: Any) -> MQTTErrorCode:
         packet = bytes(self._in_packet["packet"])
-        try:
+        if len(packet) < 3 or packet[2] in _PUBACK_REASONS or self.on_odd_puback is None:
             return super()._handle_pubackcomp(cmd)
-        except (ValueError, KeyError, AssertionError):
-            if len(packet) < 3 or self.on_odd_puback is None:
-                raise
-            (mid,) = struct.unpack_from(">H", packet)
-            with self._out_message_mutex:
-                self._out_messages.pop(mid, None)
+        (mid,) = struct.unpack_from(">H", packet)
+        with self._out_message_mutex:
+            if self._out_messages.pop(mid, None) is not None:
                 self._inflight_messages = max(0, self._inflight_messages - 1)
-            self.on_odd_puback(self, mid, packet[2])
-            return MQTTErrorCode.MQTT_ERR_SUCCESS
+        self.on_odd_puback(self, mid, packet[2])
+        return MQTTErrorCode.MQTT_ERR_SUCCESS

@@ -499,7 +499,7 @@ class MqttLink:
         self, sent: tuple[int, str, bytes] | None, reason: str, too_large: bool = False
     ) -> None:
         self.refused += 1
-        logger.warning("broker %s refused a message: %s", self.url, reason)
+        logger.info("broker %s refused a message: %s", self.url, reason)
         if sent is not None:
             _, topic, head = sent
             for callback in self._refused:

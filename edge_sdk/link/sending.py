@@ -414,7 +414,7 @@ class Sender:
             self._stall(current, f"the broker refused it: {reason}", current.wait_s)
 
     def _stall(self, current: _Stream, reason: str, wait_s: float = LONGEST_WAIT_S) -> None:
-        logger.warning("%s to %s waits: %s", current.kind, current.to[:12], reason)
+        logger.info("%s to %s waits: %s", current.kind, current.to[:12], reason)
         current.wants = _STUCK  # others may go before it
         current.wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
         current.due = self.clock() + self._jittered(wait_s)
