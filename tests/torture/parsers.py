@@ -5,11 +5,15 @@ Knows our parsers. Does not know what they are fed: fuzzing (B3) and bombs (B4) 
 
 import base64
 import hashlib
+import logging
+import random
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -27,6 +31,9 @@ from edge_sdk.errors import (
     SealError,
     TrustError,
 )
+from edge_sdk.link.courier import Courier
+from edge_sdk.link.memory import MemoryBroker
+from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire import config_rules, manifest, messages, transfer
 from edge_sdk.wire.enrolment import (
     _COUNTERSIGNED,
@@ -92,6 +99,7 @@ def parsers() -> dict[str, Parser]:
         Parser("peek", peek_header, (envelope.manifest,), remote),
         Parser("identity", PublicIdentity.from_bytes, _identities(), remote),
         Parser("frame", transfer.decode_frame, _frames(envelope), remote),
+        Parser("courier", _Coordinator().take, _frames(envelope), ()),
         Parser("bitmap", _bitmap, (b"", b"\x01", b"\xff" * 9), remote),
         Parser("message", messages.decode, _messages(), remote),
         Parser("release manifest", manifest.decode_manifest, (_release(),), remote),
@@ -154,11 +162,11 @@ def outcome(parser: Parser, data: bytes) -> str:
 
 def _envelope() -> Sealed:
     return seal(
-        b"an update",
+        messages.encode(messages.Refused("round-1", "no memory")),
         tenant="acme",
         sender_id="kitchen",
         recipient_id="coordinator",
-        kind="AdapterUpdate",
+        kind="Refused",
         task="round-1",
         stream=STREAM,
         sequence=1,
@@ -189,6 +197,57 @@ def _frames(envelope: Sealed) -> tuple[bytes, ...]:
         transfer.sign_reject(STREAM, bytes(32), transfer.Refusal.EXPIRED, "too late", ME),
     )
     return tuple(bytes(transfer.encode_frame(frame)) for frame in frames)
+
+
+class _Coordinator(logging.Handler):
+    """A coordinator's courier that a known device sends anything to; it logs what surprises it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self._surprise = ""
+        self._folder = tempfile.TemporaryDirectory(prefix="fuzzed-courier-")
+        broker = MemoryBroker(rng=random.Random(1))
+        self._time_s = 0.0
+        self._device = broker.link("kitchen")
+        link = broker.link("coordinator")
+        self._courier = Courier(
+            link,
+            Mailbox(Path(self._folder.name) / "mailbox.db"),
+            PEER,
+            tenant="acme",
+            me="coordinator",
+            lookup=lambda name: ME.public if name == "kitchen" else None,
+            now=lambda: 2.0,
+            rng=random.Random(1),
+            clock=lambda: self._time_s,
+            admit=self._admit,
+        )
+        link.connect()
+        self._device.connect()
+
+    def _admit(self, message: messages.Enrol, public: PublicIdentity) -> None:
+        raise EnrolmentError("nobody is let in here")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Remember an error; refusals are warnings."""
+        self._surprise = record.getMessage()
+
+    def take(self, data: bytes) -> object:
+        """Hand one frame over; anything the courier did not expect is a crash."""
+        logger = logging.getLogger("edge_sdk.link.courier")
+        logger.addHandler(self)
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            self._device.publish("v1/acme/kitchen/up", data)
+            self._time_s += 0.01
+            self._courier.step()
+        finally:
+            logging.disable(before)
+            logger.removeHandler(self)
+        if self._surprise:
+            raise AssertionError(self._surprise)
+        return None
 
 
 def _bitmap(data: bytes) -> object:
