@@ -130,10 +130,15 @@ def read(folder: Path) -> tuple[dict[str, list[Line]], int]:
     parties: dict[str, list[Line]] = {}
     torn = 0
     for path in sorted(folder.glob("*.jsonl")):
-        lines = list(_parsed(path.read_bytes().split(b"\n")))
-        parties[path.stem] = [line for line in lines if line is not None]
-        torn += lines.count(None)
+        parties[path.stem], bad = read_lines(path.read_bytes())
+        torn += bad
     return parties, torn
+
+
+def read_lines(data: bytes) -> tuple[list[Line], int]:
+    """Return the lines of one party in `data`, and how many were torn."""
+    lines = list(_parsed(data.split(b"\n")))
+    return [line for line in lines if line is not None], lines.count(None)
 
 
 def check(folder: Path) -> Verdict:

@@ -131,6 +131,21 @@ def counting(
     return build
 
 
+def account(store: Store, told: Callable[..., None]) -> None:
+    """Call `told` as a History is called, with each refused and each unused update of `store`."""
+    with store.transaction() as db:
+        refused = db.execute(
+            "SELECT letters.sender, letters.task, refused.reason FROM refused"
+            " JOIN letters ON letters.id = refused.letter"
+            " WHERE letters.kind = 'AdapterUpdate' ORDER BY letters.id"
+        ).fetchall()
+    for sender, task, reason in refused:
+        told(Did.REJECTED, update=f"{sender}/{task}", reason=reason)
+    for letter in store.mailbox.unread():
+        if isinstance(decode(letter.message), AdapterUpdate):
+            told(Did.HELD, update=f"{letter.sender}/{letter.task}")
+
+
 class Headquarters:
     """The coordinator: `folder` holds its keys and stores, so that another process goes on.
 
@@ -191,17 +206,7 @@ class Headquarters:
 
     def account(self, history: History) -> None:
         """Write down what the store holds besides aggregates: refused and unused updates."""
-        with self.store.transaction() as db:
-            refused = db.execute(
-                "SELECT letters.sender, letters.task, refused.reason FROM refused"
-                " JOIN letters ON letters.id = refused.letter"
-                " WHERE letters.kind = 'AdapterUpdate' ORDER BY letters.id"
-            ).fetchall()
-        for sender, task, reason in refused:
-            history(Did.REJECTED, update=f"{sender}/{task}", reason=reason)
-        for letter in self.mailbox.unread():
-            if letter.kind == "AdapterUpdate":
-                history(Did.HELD, update=f"{letter.sender}/{letter.task}")
+        account(self.store, history)
 
     def close(self) -> None:
         """End the threads and close the store."""

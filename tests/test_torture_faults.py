@@ -1,0 +1,43 @@
+"""The short forms of the fault figures: kills, bad networks, full disks and power cuts."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.link.broker import find_mosquitto
+from tests.torture import (
+    f1_coordinator_kills,
+    f2_broker_kills,
+    f3_device_kills,
+    f4_network,
+    f7_power,
+)
+from tests.torture.result import Result, Run, Scale
+
+SEED = 7
+
+pytestmark = [
+    pytest.mark.broker,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_mosquitto() is None, reason="mosquitto is not installed"),
+]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [f1_coordinator_kills.run, f2_broker_kills.run, f3_device_kills.run, f4_network.run],
+    ids=["F1", "F2", "F3", "F4"],
+)
+def test_nothing_is_lost(figure: Run, tmp_path: Path) -> None:
+    held(figure(Scale.SHORT, SEED, tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_power_cut_at_every_fsync_leaves_a_good_store(tmp_path: Path) -> None:
+    held(f7_power.run(Scale.SHORT, SEED, tmp_path))
+
+
+def held(result: Result) -> None:
+    assert result.passed, result
+    assert (result.lost, result.doubled) == (0, 0)
