@@ -182,7 +182,9 @@ class Stager:
             return "failed"
         self._found[family, release] = found
         with self._store.transaction():
-            row = self._runner.post(device, found.offer(), run=f"{RUN}-{number}-{purpose}")
+            # A run per device: a commit closes what else stands refused in its run.
+            run = f"{RUN}-{number}-{purpose}-{device}"
+            row = self._runner.post(device, found.offer(), run=run)
             self._book.note_offer(number, purpose, device, release, row.task)
         return "open"
 

@@ -125,12 +125,8 @@ class Publisher(SignedFolder):
                 target = TargetFile.from_file(path, str(stored), ["sha256"])
                 target.unrecognized_fields["custom"] = custom
                 metadata.signed.targets[path] = target
-            if metadata.signed.delegations is None:  # a repository older than the director
-                delegate(metadata.signed, self._make_keys(DIRECTOR, ONE_KEY), 1)
-                self._next("targets", metadata.signed)
-                self._sign(DIRECTOR, Targets())
-            else:
-                self._next("targets", metadata.signed)
+            self._give_director(metadata.signed)
+            self._next("targets", metadata.signed)
             if everyone:
                 self._direct(lambda entries: entries.update(_entry(metadata, family, "", release)))
             self._close()
@@ -156,6 +152,8 @@ class Publisher(SignedFolder):
             wanted |= {(device, release) for release in releases}
         with self._locked():
             metadata: Metadata[Targets] = self._load("targets")
+            if self._give_director(metadata.signed):
+                self._next("targets", metadata.signed)
             entries: dict[str, TargetFile] = {}
             for device, release in sorted(wanted):
                 entries |= _entry(metadata, family, device, release)
@@ -226,16 +224,21 @@ class Publisher(SignedFolder):
 
     def _direct(self, change: Callable[[dict[str, TargetFile]], object]) -> bool:
         """Apply `change` to the director's entries; sign them if they differ."""
-        if not self._has(DIRECTOR):
-            raise ExportError(
-                f"{self.folder} was made without a director; publish a release to give it one"
-            )
         directed: Targets = self._load(DIRECTOR).signed
         before = dict(directed.targets)
         change(directed.targets)
         if directed.targets == before:
             return False
         self._next(DIRECTOR, directed)
+        return True
+
+    def _give_director(self, targets: Targets) -> bool:
+        """Add the director to a repository made before there was one; the caller signs targets."""
+        if targets.delegations is not None:
+            return False
+        made = self._make_keys(DIRECTOR, ONE_KEY)
+        delegate(targets, made, 1)
+        self._sign(DIRECTOR, Targets(), made)
         return True
 
     def _close(self) -> None:

@@ -30,6 +30,7 @@ class World:
         self.registry = self.coordinator.registry
         self.scores = {"r1": 0.5, "r2": 0.6, "r3": 0.4}
         self.fails: set[str] = set()
+        self.late: set[tuple[str, str]] = set()
         self.devices: dict[str, FakeDevice] = {}
         self.offers: list[tuple[str, str]] = []
         self.add("r1", promote=True)
@@ -54,6 +55,9 @@ class World:
             if not isinstance(message, OfferModel):
                 return []
             self.offers.append((name, message.release))
+            if (name, message.release) in self.late:
+                self.late.remove((name, message.release))
+                return [Refused(message.task_id, "the release's metadata has expired (it was)")]
             if message.release in self.fails:
                 return [Refused(message.task_id, "release failed its trial (exit 1)")]
             score = self.scores[message.release]
@@ -330,3 +334,14 @@ def test_a_device_that_went_back_by_itself_is_offered_the_release_again(world: W
         world.stager.serve_newcomers("slm", cohort)
 
     assert world.offers == [("d2", "r1")]
+
+
+def test_an_offer_that_expired_on_its_way_is_made_again(world: World) -> None:
+    world.late = {("d1", "r2"), ("d3", "r2")}
+    world.book.stage("slm", "r2", Plan(share=1.0, promote=True), **ME)
+
+    world.run(lambda: world.state()[0] is State.PROMOTED)
+
+    assert sorted(d for d, release in world.offers if release == "r2") == [
+        *("d1", "d1", "d2", "d3", "d3", "d4")
+    ]

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from edge_sdk.link.memory import MemoryBroker
 from edge_sdk.wire.config_rules import parse_toml
 from exporters.slm import SlmOptions, export_slm
 
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = """
 [service]
 tenant = "home"
@@ -207,10 +210,17 @@ def test_a_late_device_and_a_staged_release_reach_everyone(
     assert len(book.history("tiny")[0].canary) == 1
 
     until(lambda: book.history("tiny")[0].settled, 30)
-    book.roll_back("tiny", who="ann", why="it was not")
+    settings = life.folder / "coordinator.toml"
+    settings.write_text(SETTINGS.format(folder=life.folder, name=life.name))
+    command = [sys.executable, "-m", "edge_sdk", "release", "roll-back", "tiny", "--json"]
+    subprocess.run(
+        [*command, "--why", "it was not", "--config", str(settings)], cwd=ROOT, check=True
+    )
     until(lambda: {d.status()["release"] for d in life.devices} == {"base-fedavg-2"}, 90)
     states = [(e["release"], e["state"]) for e in life.told("rollout")]
     assert states[-2:] == [("r2", "promoted"), ("r2", "rolled-back")]
+    assert [line["action"] for line in book.audit("tiny")] == ["stage", "promote", "roll-back"]
+    assert book.audit("tiny")[-1]["why"] == "it was not"
 
     life.service.stop()
     thread.join(30)

@@ -385,3 +385,23 @@ def test_two_publishers_of_one_folder_take_turns(publisher: Publisher, tmp_path:
 def test_a_key_plan_that_cannot_work_is_refused(plan: tuple[int, int]) -> None:
     with pytest.raises(ExportError, match="allowed: 1 to all"):
         KeyPlan(*plan)
+
+
+def test_a_repository_from_before_the_director_gets_one(
+    publisher: Publisher, tmp_path: Path
+) -> None:
+    root = publisher.root()
+    publisher.publish("tiny", "r1", _release(tmp_path / "r1", "r1"))
+    targets = publisher._load("targets").signed
+    targets.delegations = None
+    publisher._next("targets", targets)
+    for path in (publisher.folder / "metadata").glob("*.director.json"):
+        path.unlink()
+    publisher._close()
+    _client(tmp_path / "c", Local(publisher), root).refresh()
+
+    assert publisher.assign("tiny", ["r1"])
+
+    assert list(_names(publisher, "director")["targets"]) == ["director/tiny/everyone/r1"]
+    # What a client has seen once may not vanish, but may come: the snapshot names one role more.
+    assert _take(_client(tmp_path / "c", Local(publisher), root), "tiny/r1/model.onnx")
