@@ -218,7 +218,7 @@ class DefenceSection(Struct, frozen=True, forbid_unknown_fields=True):
             description="A device weighs at most this many times the median number of examples; "
             "the numbers are the devices' own words.",
         ),
-    ] = 2.0
+    ] = 1.0
     max_drop: Annotated[
         float,
         Meta(

@@ -46,7 +46,7 @@ class Rule:
     clip: float = 3.0
     refuse: float = 30.0
     max_norm: float = 1e4
-    examples: float = 2.0
+    examples: float = 1.0
 
 
 def fair_counts(examples: F64, most: float) -> F64:

@@ -153,12 +153,12 @@ def test_aggregate_is_the_example_weighted_mean_of_products_in_any_order():
     parts = [Contribution(n, factors(i, A=A, dtype=np.float32), 10 * i)
              for i, n in enumerate("abc", start=1)]  # fmt: skip
 
-    result = aggregate(start, parts)
+    result = aggregate(start, parts, rule=Rule(examples=1e9))
 
     mean = sum(c.examples / 60 * product(c.factors) for c in parts)
     assert np.abs(product(result.factors) - mean).max() < 1e-5
     assert sum(result.weights.values()) == pytest.approx(1.0)
-    turned = aggregate(start, parts[::-1])
+    turned = aggregate(start, parts[::-1], rule=Rule(examples=1e9))
     assert all(np.array_equal(turned.factors[k], v) for k, v in result.factors.items())
 
 

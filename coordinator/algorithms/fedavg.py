@@ -16,7 +16,7 @@ from Decentralized Data", AISTATS 2017 (arXiv 1602.05629), Algorithm 1.
 | w_t | `exchange.factors` (A, B of every adapted layer; the base is frozen) |
 | S_t | the first `need` of `cohort` that answer |
 | E, B, eta | `LocalTraining.steps`, `.batch`, `.lr` |
-| n_k | `AdapterUpdate.examples` |
+| n_k | `AdapterUpdate.examples`, believed up to `Rule.examples` times the median |
 
 Differences from the paper: only LoRA factors are trained, and what is averaged are the products
 B·A (averaging factors is biased, PAPERS.md 9.4), factored again at the same rank; local work is

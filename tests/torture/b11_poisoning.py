@@ -5,8 +5,10 @@ codecs, checks, bounds and gate. Does not know transport, which other figures ar
 """
 
 import math
+import multiprocessing
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ GOAL = "within 3 points of the clean run"
 DEVICES = tuple(f"dev-{i}" for i in range(5))
 HOSTILE = DEVICES[2]
 SPEC = LoraSpec(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "up_proj", "down_proj"))
-TRAINING = LocalTraining(steps=20, lr=2e-2, batch=8, ratio=0.0)
+TRAINING = LocalTraining(steps=20, lr=1e-2, batch=8, ratio=0.0)
 PLAIN = Rule(clip=1e30, refuse=0.0, max_norm=1e30, examples=1e30)
 
 Attack = Callable[[Factors, np.random.Generator], Factors]
@@ -192,50 +194,71 @@ class World:
         return Header(Method.IDENTITY, short, layout.hash[:4]).encode(body)
 
 
-def run(scale: Scale, seed: int, folder: Path) -> Result:
-    """Clean, attacked with our defaults, attacked with the plain mean; final accuracies."""
+WAYS = {
+    "defaults": (Rule(), True),
+    "geometric median": (replace(Rule(), aggregation="geometric-median"), True),
+    "plain mean": (PLAIN, False),
+}
+"""How updates are combined, and whether a gate looks at what comes out."""
+
+
+def one(seed: int, attack: str, way: str, rounds: int) -> dict[str, float]:
+    """One whole run; "" is no attack."""
     torch.set_num_threads(1)
-    seeds = range(seed, seed + (5 if scale is Scale.FULL else 1))
-    names = list(ATTACKS) if scale is Scale.FULL else ["sign flip", "not a number"]
-    rounds = 6 if scale is Scale.FULL else 3
-    rows: dict[str, dict[str, object]] = {}
-    clean = {s: World(s, rounds=rounds).run(Rule(), gate=True) for s in seeds}
-    before = {s: _untrained(s) for s in seeds}
-    say("B11", f"clean {_mean(clean):.3f}, untrained {_mean(before):.3f}")
-    ways = {
-        "defaults": (Rule(), True),
-        "geometric median": (replace(Rule(), aggregation="geometric-median"), True),
-        "plain mean": (PLAIN, False),
+    world = World(seed, attack, rounds)
+    rule, gate = WAYS[way]
+    return {
+        "accuracy": world.run(rule, gate=gate),
+        "refused": len(world.refused),
+        "left_out": len(world.blamed),
+        "rolled_back": world.rolled_back,
+        "honest_blamed": sum(name != HOSTILE for name in world.refused + world.blamed),
     }
-    if scale is Scale.SHORT:
-        del ways["geometric median"]
-    for name in names:
-        rows[name] = {}
-        for way, (rule, gate) in ways.items():
-            worlds = [World(s, name, rounds) for s in seeds]
-            found = {w.seed: w.run(rule, gate=gate) for w in worlds}
-            rows[name][way] = {
-                "accuracy": round(_mean(found), 4),
-                "lost_points": round(100 * (_mean(clean) - _mean(found)), 2),
-                "worst_seed_points": round(max(100 * (clean[s] - found[s]) for s in seeds), 2),
-                "refused": sum(len(w.refused) for w in worlds),
-                "left_out": sum(len(w.blamed) for w in worlds),
-                "rolled_back": sum(w.rolled_back for w in worlds),
-                "honest_blamed": sum(d != HOSTILE for w in worlds for d in w.refused + w.blamed),
-            }
-            say("B11", f"{name}, {way}: {rows[name][way]}")
-    worst = max(float(row["defaults"]["lost_points"]) for row in rows.values())  # type: ignore[index]
-    honest = sum(int(way["honest_blamed"]) for row in rows.values() for way in row.values())  # type: ignore[index]
+
+
+def run(scale: Scale, seed: int, folder: Path) -> Result:
+    """Clean, attacked with our defaults, attacked with the plain mean; final accuracies.
+
+    The short form stops long before training has settled, so it only looks whether an attack that
+    can be told from honest updates is left out every time, and nobody else ever.
+    """
+    full = scale is Scale.FULL
+    seeds = range(seed, seed + (3 if full else 1))
+    rounds = 20 if full else 2
+    names = list(ATTACKS) if full else ["scale x100", "not a number"]
+    ways = {name: ["defaults", "plain mean"] for name in names}
+    if full:
+        ways["sign flip"].insert(1, "geometric median")
+    wanted = [("", "defaults"), *((name, way) for name in names for way in ways[name])]
+    jobs = [(s, name, way, rounds) for name, way in wanted for s in seeds]
+    say("B11", f"{len(jobs)} runs of {rounds} rounds")
+    found = dict(zip(jobs, _all(jobs, parallel=full), strict=True))
+    rows: dict[str, dict[str, dict[str, float]]] = {}
+    clean = {s: found[s, "", "defaults", rounds]["accuracy"] for s in seeds}
+    for name, way in wanted[1:]:
+        runs = [found[s, name, way, rounds] for s in seeds]
+        lost = [100 * (clean[s] - r["accuracy"]) for s, r in zip(seeds, runs, strict=True)]
+        rows.setdefault(name, {})[way] = {
+            "lost_points": round(sum(lost) / len(lost), 2),
+            "worst_seed": round(max(lost), 2),
+            **{key: round(sum(r[key] for r in runs) / len(runs), 4) for key in runs[0]},
+        }
+        say("B11", f"{name}, {way}: {rows[name][way]}")
+    worst = max(row["defaults"]["lost_points"] for row in rows.values())
+    honest = sum(r["honest_blamed"] for r in found.values())
+    caught = all(
+        row["defaults"]["refused"] + row["defaults"]["left_out"] >= rounds for row in rows.values()
+    )
     return Result(
         "B11",
         "poisoning by 20 % of the devices",
         worst,
         "points of accuracy lost to the worst attack",
         GOAL,
-        passed=worst <= 3.0 and honest == 0,
+        passed=honest == 0 and (worst <= 3.0 if full else caught),
         notes={
-            "clean": round(_mean(clean), 4),
-            "untrained": round(_mean(before), 4),
+            "clean": round(sum(clean.values()) / len(clean), 4),
+            "untrained": round(_untrained(seed), 4),
             "attacks": rows,
             "seeds": len(seeds),
             "rounds": rounds,
@@ -244,10 +267,17 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
     )
 
 
+def _all(jobs: list[tuple[int, str, str, int]], *, parallel: bool) -> Iterator[dict[str, float]]:
+    if not parallel:
+        yield from (one(*job) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
+        for job, result in zip(jobs, pool.map(one, *zip(*jobs, strict=True)), strict=True):
+            say("B11", f"{job[1] or 'clean'}, {job[2]}, seed {job[0]}: {result['accuracy']:.3f}")
+            yield result
+
+
 def _untrained(seed: int) -> float:
     world = World(seed)
     return world.measure(world.adapter.factors(), world.test)
-
-
-def _mean(values: dict[int, float]) -> float:
-    return sum(values.values()) / len(values)
