@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.link.broker import find_mosquitto
 from tests.torture import (
     f1_coordinator_kills,
     f2_broker_kills,
     f3_device_kills,
     f4_network,
+    f6_disk_full,
     f7_power,
 )
 from tests.torture.result import Result, Run, Scale
@@ -36,6 +38,17 @@ def test_nothing_is_lost(figure: Run, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_power_cut_at_every_fsync_leaves_a_good_store(tmp_path: Path) -> None:
     held(f7_power.run(Scale.SHORT, SEED, tmp_path))
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
+    try:
+        (tmp_path / "probe").mkdir()
+        with f6_disk_full.small_disk(tmp_path / "disk"):
+            pass
+    except ConfigError as exc:
+        pytest.skip(str(exc))
+
+    held(f6_disk_full.run(Scale.SHORT, SEED, tmp_path / "probe"))
 
 
 def held(result: Result) -> None:

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -94,6 +95,7 @@ FIGURES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for and return the exit status."""
     args = _parser().parse_args(argv)
+    logging.basicConfig(level=args.log)  # faults make warnings by the thousand
     if args.list:
         _list()
         return 0
@@ -240,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the figures and stop")
     parser.add_argument("--minutes", type=float, help="for figures that fuzz as long as one likes")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds per figure, 0: none")
+    parser.add_argument("--log", default="CRITICAL", help="level of the product's own log lines")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
 

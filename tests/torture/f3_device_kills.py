@@ -25,8 +25,8 @@ from tests.torture.result import Result, Scale, say
 NAME = "a"
 KILLS = {Scale.SHORT: 2, Scale.FULL: 100}
 """In each direction."""
-MESSAGE_BYTES = {Scale.SHORT: 12 * 2**20, Scale.FULL: 24 * 2**20}
-STEP_BYTES = (2**20, 8 * 2**20)
+MESSAGE_BYTES = {Scale.SHORT: 6 * 2**20, Scale.FULL: 24 * 2**20}
+STEP_BYTES = (2**20, 4 * 2**20)
 """How much of the message passes before the next kill."""
 FRAME_SHARE = 1.01
 """A message takes its own size and 1 % of seals, frames and acknowledgements on the wire."""

@@ -28,8 +28,8 @@ from tests.torture.result import Result, Scale, say
 
 NAMES = ("a", "b")
 PLACES = (*NAMES, "coordinator")
-SCHEDULES = {Scale.SHORT: 6, Scale.FULL: 500}
-AT_ONCE = {Scale.SHORT: 6, Scale.FULL: 12}
+SCHEDULES = {Scale.SHORT: 4, Scale.FULL: 500}
+AT_ONCE = {Scale.SHORT: 4, Scale.FULL: 12}
 PHASES = (1, 4)
 PHASE_S = (0.2, 1.2)
 BYTES = (1_000, 200_000)

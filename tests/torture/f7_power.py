@@ -37,9 +37,9 @@ from tests.torture.power_child import NAMES, world
 from tests.torture.result import Result, Scale, say
 
 STEPS = {Scale.SHORT: 2, Scale.FULL: 44}
-CONTINUED = {Scale.SHORT: 3, Scale.FULL: 40}
+CONTINUED = {Scale.SHORT: 2, Scale.FULL: 40}
 """So many cuts are followed by a run to the end."""
-SHORT_CUTS = 60
+SHORT_CUTS = 30
 """A short run looks at this many of its cuts, evenly chosen."""
 GOAL = 1_000
 LIMIT_S = 120.0

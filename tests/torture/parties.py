@@ -243,8 +243,8 @@ class Device:
         patience_s: float = 0.5,
     ) -> None:
         self.name, self._size, self._seed = name, size, seed
-        self.refusals = 0
-        """How often the store refused a write."""
+        self.refused = threading.Event()
+        """Set when the store refused a write, as a StorageError; it is tried again."""
         keys = folder / "devices"
         root = load_or_create(folder / "root.key").public
         self.keys = CoordinatorKeys(TENANT, root_key_hash(root), now=time.time)
@@ -310,7 +310,7 @@ class Device:
                     self._answer(letter)
                 self._settle()
             except StorageError:
-                self.refusals += 1
+                self.refused.set()
             with self.courier.mail:
                 if not self._closing:
                     self.courier.mail.wait(LOOK_S)
