@@ -311,18 +311,20 @@ class Book:
             ).fetchone()
         return Offered(*row) if row else None
 
-    def strays(self) -> dict[str, float]:
-        """Return the devices that said they run another release than asked for, and when last.
+    def strays(self, *, after: int) -> list[tuple[int, str, float]]:
+        """Return (letter, device, when) of devices that said they run another release than asked.
 
         A device returns to its earlier release when files of the present one were altered, or
-        when it kept crashing.
+        when it kept crashing. Only letters above `after` are looked at.
         """
         with self._store.transaction() as db:
-            rows = db.execute(
-                "SELECT device, MAX(at) FROM refused WHERE reason LIKE '%, this device runs %'"
-                " GROUP BY device"
-            ).fetchall()
-        return dict(rows)
+            return list(
+                db.execute(
+                    "SELECT letter, device, at FROM refused WHERE letter > ?"
+                    " AND reason LIKE '%, this device runs %' ORDER BY letter",
+                    (after,),
+                )
+            )
 
     def newest(self, device: str) -> Offered | None:
         """Return the release that `device` last said it runs, as far as roll-outs know."""

@@ -48,6 +48,7 @@ class Stager:
         self._told: dict[int, str] = {}
         self._found: dict[tuple[str, str], Release] = {}  # of this tick: metadata is renewed
         self._strays: dict[str, float] = {}
+        self._seen = 0  # newest letter of a stray
 
     def tick(self, *, busy: bool = False) -> None:
         """Take answers, then do what can be done now.
@@ -56,7 +57,8 @@ class Stager:
         goes on, and roll-backs are carried out at once.
         """
         self._found.clear()
-        self._strays = self._book.strays()
+        for letter, device, at in self._book.strays(after=self._seen):
+            self._seen, self._strays[device] = letter, at
         self._take_answers()
         for rollout in self._book.active():
             self._registry.direct(rollout.family)
@@ -240,8 +242,8 @@ class Stager:
                 for ask, task, reason in db.execute(
                     "SELECT ask, task, (SELECT reason FROM refused f WHERE f.device = a.device"
                     " AND f.kind = a.kind ORDER BY at DESC, letter DESC LIMIT 1)"
-                    " FROM asks a WHERE run LIKE ? AND state = 'refused'",
-                    (f"{RUN}-%",),
+                    " FROM asks a WHERE run > ? AND run < ? AND state = 'refused'",
+                    (f"{RUN}-", f"{RUN}."),  # the prefix as a range, which an index serves
                 )
             ]
 
