@@ -10,19 +10,17 @@ report. Does not know how any of these is done.
         print(device.classify("name three rivers"), device.generate("Request: hello"))
 """
 
-import fcntl
 import logging
-import os
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.collect import Example, ExampleStore, read_examples
 from edge_sdk.config import EdgeConfig
+from edge_sdk.connection import Connection
 from edge_sdk.errors import (
     EnrolmentError,
     FleetError,
@@ -33,7 +31,6 @@ from edge_sdk.errors import (
 from edge_sdk.graphs import OPERATORS
 from edge_sdk.leaving import Leaving, explain_all
 from edge_sdk.link.base import Link
-from edge_sdk.link.courier import Courier
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.measure import peak_mb
 from edge_sdk.membership import Member, Membership
@@ -92,6 +89,9 @@ class EdgeDevice:
         self._memory = DeviceMemory(self._mailbox)
         self.ledger = Ledger(self._mailbox, now)
         self._member = Member(config, self._mailbox, self._memory, self._state)
+        self._wire = Connection(
+            config, self._state, self._mailbox, self._member, self.ledger, link=link
+        )
         data = config.data
         self._examples = ExampleStore(
             self._state / "examples.db", held_out=data.held_out, limit=data.max_examples
@@ -101,10 +101,7 @@ class EdgeDevice:
                 data.examples, text_column=data.text_column, label_column=data.label_column
             )
             self._examples.add(found)
-        self._link = link
-        self._courier: Courier | None = None
         self._desk: TaskDesk | None = None
-        self._claimed: IO[str] | None = None
         self._upkeep_due = 0.0
         self._closing = threading.Event()
         self._background: threading.Thread | None = None
@@ -142,16 +139,12 @@ class EdgeDevice:
         self._closing.set()
         if self._background is not None and self._background is not threading.current_thread():
             self._background.join()
-        if self._courier is not None:
-            self._courier.close()
-            self.ledger.close()
+        self._wire.close()
         if self._desk is not None:
             self._desk.close()
         self._examples.close()
         self._mailbox.close()
-        if self._claimed is not None:
-            self._claimed.close()
-            self._claimed = None
+        self._wire.release()
 
     # --- becoming a member --------------------------------------------------------------------
 
@@ -179,14 +172,14 @@ class EdgeDevice:
         try:
             self._join(ticket, timeout_s)
         except EnrolmentError:
-            self._drop_courier()
+            self._wire.hang_up()
             self._member.forget()
             raise
         self._tell({"event": "enrolled", "device": ticket.device, "tenant": ticket.tenant})
 
     def _join(self, ticket: EnrolmentCode, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        courier = self._started()
+        courier = self._wire.open()
         self._member.keys.wait(timeout_s)
         courier.wait_until_done(self._member.request(ticket, courier), timeout_s)
         while not self._member.complete:
@@ -199,7 +192,7 @@ class EdgeDevice:
             courier.wait_for_mail(min(left, 1.0))
             self._work_through()
         if self.config.link.mutual_tls and self._member.certificate.held:
-            self._drop_courier()  # the next connection shows the certificate
+            self._wire.hang_up()  # the next connection shows the certificate
 
     def renew_keys(self, *, identity: bool = False) -> None:
         """Change this device's receive keys now, with `identity` its identity key as well.
@@ -211,7 +204,7 @@ class EdgeDevice:
             StorageError: the disk refuses, or another process runs this device.
         """
         self._member.require()
-        self._member.renew(self._started(), identity=identity)
+        self._member.renew(self._wire.open(), identity=identity)
 
     # --- examples and answers -----------------------------------------------------------------
 
@@ -276,7 +269,7 @@ class EdgeDevice:
         """
         if self.membership is None:
             raise EnrolmentError("this device is not enrolled; call enrol(code) first")
-        courier = self._started()
+        courier = self._wire.open()
         if timeout_s > 0:
             courier.wait_for_mail(timeout_s)
         if time.monotonic() >= self._upkeep_due:
@@ -294,7 +287,7 @@ class EdgeDevice:
             StorageError: another process runs this device.
         """
         self._member.require()
-        self._started()
+        self._wire.open()
         while not self._closing.is_set():
             try:
                 self.step(timeout_s=0.5)
@@ -311,7 +304,7 @@ class EdgeDevice:
             StorageError: another process runs this device.
         """
         self._member.require()
-        self._started()
+        self._wire.open()
         if self._background is None:
             self._background = threading.Thread(target=self.run, name="edge-device", daemon=True)
             self._background.start()
@@ -349,8 +342,8 @@ class EdgeDevice:
             elif self._member.renewed(answer):
                 self._tell({"event": "renewed"})
             self._mailbox.mark_read(letter.id)
-        if self._courier is not None:
-            self._courier.nudge()
+        if self._wire.courier is not None:
+            self._wire.courier.nudge()
 
     def _settle(self, letter: Letter, handled: Handled) -> None:
         """Replies, what they changed, and the letter's end: all or none."""
@@ -362,8 +355,8 @@ class EdgeDevice:
             for name, value in handled.remember.items():
                 self._memory.remember(name, value)
             self._mailbox.mark_read(letter.id)
-        if self._courier is not None:
-            self._courier.nudge()
+        if self._wire.courier is not None:
+            self._wire.courier.nudge()
         for reply in handled.replies:
             self._tell({"event": "reply", "kind": type(reply).__name__, "task": letter.task})
 
@@ -386,7 +379,7 @@ class EdgeDevice:
 
     def status(self) -> dict[str, object]:
         """Return figures about this device, without any text of its examples."""
-        member, courier = self.membership, self._courier
+        member, courier = self.membership, self._wire.courier
         models = self._models() if member is not None and member.complete else None
         current = models.current if models else None
         previous = models.previous if models else None
@@ -396,7 +389,7 @@ class EdgeDevice:
             "tenant": member.tenant if member else "",
             "enrolled": bool(member and member.complete),
             "broker": self.config.link.broker,
-            "connected": bool(self._link and self._link.connected),
+            "connected": self._wire.connected,
             "release": current.release if current else "",
             "previous_release": previous.release if previous else "",
             "adapter": bool(current and current.adapter),
@@ -438,66 +431,3 @@ class EdgeDevice:
                 on_event=self._tell,
             )
         return self._desk
-
-    def _started(self) -> Courier:
-        """The courier, at work; claims the state folder for this process first."""
-        if self._courier is not None:
-            return self._courier
-        found = self.membership
-        assert found is not None
-        self._claim()
-        self._member.open()
-        self._link = self._link or self._dial(found)
-        self._courier = Courier(
-            self._link,
-            self._mailbox,
-            self._member.ring,
-            tenant=found.tenant,
-            me=found.device,
-            lookup=self._member.keys.announced,
-            now=self._member.time,
-            rng=random.Random(),
-            accept=lambda header, _: self._member.time.heard(header.created_s),
-            keys=self._member.keys.receive,
-            window_bytes=self.config.link.window_kb * 1024,
-            ledger=self.ledger,
-        )
-        self._courier.start()
-        return self._courier
-
-    def _drop_courier(self) -> None:
-        if self._courier is not None:
-            self._courier.close()
-        self._courier, self._link = None, None
-
-    def _claim(self) -> None:
-        if self._claimed is not None:
-            return
-        file = (self._state / "lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            file.close()
-            raise StorageError(
-                f"another process already runs the device in {self._state}; stop it first"
-            ) from exc
-        file.write(str(os.getpid()))
-        file.flush()
-        self._claimed = file
-
-    def _dial(self, found: Membership) -> Link:
-        from edge_sdk.link.dial import dial
-
-        link, certificate = self.config.link, self._member.certificate
-        known = link.mutual_tls and certificate.held
-        return dial(
-            link.broker if known else link.enrol_broker or link.broker,
-            user=found.device if known else link.username or found.device,
-            client_id=found.device,
-            password_file="" if known else link.password_file,
-            ca_file=link.ca_file,
-            cert_file=str(certificate.cert_file) if known else "",
-            key_file=str(certificate.key_file) if known else "",
-            mqtt_version=link.mqtt_version,
-            now=self._member.time,
-        )
