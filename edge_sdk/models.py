@@ -233,7 +233,8 @@ class ModelStore:
             TrustError: no release that is held may be run; names the file and says why.
             StorageError: the disk refuses.
         """
-        held, pointer = self.current, self._pointer
+        self._pointer = pointer = self._read_pointer()  # another process may have moved on
+        held = pointer.current
         if held is None:
             return None
         if not pointer.proven and pointer.starts >= MAX_STARTS:
@@ -259,7 +260,8 @@ class ModelStore:
         Raises:
             StorageError: the disk refuses.
         """
-        if not self._pointer.proven:
+        before, self._pointer = self._pointer, self._read_pointer()
+        if self.current == before.current and not self.proven:
             self._change(proven=True, starts=0)
 
     def roll_back(self) -> Held:

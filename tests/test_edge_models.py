@@ -455,3 +455,16 @@ def test_a_graph_that_wants_more_memory_than_there_is_harms_only_its_trial(
     with pytest.raises(RuntimeFailure, match="failed its trial"):
         child_probe(timeout_s=60)(held)
     assert time.monotonic() - started < 30
+
+
+def test_an_answer_in_another_process_undoes_no_later_install(device: Device) -> None:
+    device.install("r1")
+    asking = device.open()
+    asking.ready()
+    held = device.install("r2")
+
+    asking.prove()
+
+    assert device.open().current == held
+    assert asking.current == held
+    assert not device.open().proven
