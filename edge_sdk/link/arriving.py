@@ -19,8 +19,8 @@ from edge_sdk.store.mailbox import Mailbox, Partial
 from edge_sdk.wire.seal import CHUNK_BYTES, Identity, Manifest, Opener, PublicIdentity
 from edge_sdk.wire.transfer import WINDOW_BYTES, Incoming
 
-TURN_BYTES = 8 * 1024 * 1024
-"""What all senders together may have on its way to us: a quarter of our brokers' queues.
+TURN_BYTES = 6 * 1024 * 1024
+"""What all senders together may have on its way to us: a fifth of our brokers' queues.
 More would only wait there, and each acknowledgement with it."""
 TURN_WAIT_S = 10
 """What a sender is told to wait for its turn before it asks again; it is called when it comes."""

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from edge_sdk.errors import RemoteProtocolError, StorageError
 from edge_sdk.store.bodies import Bodies
-from edge_sdk.store.outbox import INLINE_BYTES, Body, Outbox, OutboxRules, Posted, Slice
+from edge_sdk.store.body import Body, Posted, Slice
+from edge_sdk.store.outbox import INLINE_BYTES, Outbox, OutboxRules
 from edge_sdk.wire.header import Header
 from edge_sdk.wire.replay import WINDOW, take
 
@@ -58,6 +59,7 @@ CREATE TABLE IF NOT EXISTS letters (
     header BLOB NOT NULL, message BLOB, file TEXT NOT NULL DEFAULT '',
     UNIQUE (tenant, sender, task, kind), UNIQUE (tenant, sender, sender_key, stream));
 CREATE INDEX IF NOT EXISTS letters_unread ON letters (id) WHERE message IS NOT NULL;
+CREATE INDEX IF NOT EXISTS letters_files ON letters (file) WHERE file != '';
 """
 
 
