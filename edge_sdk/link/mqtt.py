@@ -528,9 +528,14 @@ class MqttLink:
             client, message = item
             with self._state:
                 self._inbox_bytes -= len(message.payload)
+            try:
+                topic = message.topic
+            except UnicodeDecodeError:  # bytes changed on the way; this thread must outlive them
+                logger.warning("broker %s: a message on a topic that is not text", self.url)
+                topic = ""
             for pattern, handler in list(self._handlers):
-                if matches(message.topic, pattern):
-                    handler(message.topic, bytes(message.payload))
+                if topic and matches(topic, pattern):
+                    handler(topic, bytes(message.payload))
             if client is self._client:
                 client.ack(message.mid, message.qos)
 

@@ -22,7 +22,7 @@ LARGE_BYTES = 600_000
 """Above what a store keeps in its rows: such a message has a file of its own."""
 LARGE_SHARE = 0.04
 WITHIN_S = 5.0
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 
 
 def world(folder: Path, steps: int, seed: int) -> int:
