@@ -30,7 +30,7 @@ FULL = (
     "test_store_keyring.py",
     "test_device_keys.py",
 )
-LIMIT_S = 600.0
+LIMIT_S = 900.0
 
 
 def run(scale: Scale, seed: int, folder: Path) -> Result:
