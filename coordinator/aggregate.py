@@ -104,8 +104,8 @@ def aggregate(
     norms = np.array([change_norm(c.factors, c.base or current) for c in ordered])
     kept = kept_shares(norms, rule)
     raw = np.where(kept > 0.0, raw, 0.0)
-    if rule.aggregation == "geometric-median":
-        inside = np.flatnonzero(raw)
+    inside = np.flatnonzero(raw)
+    if rule.takes_median(len(inside)):
         gram = change_gram([ordered[i] for i in inside], current)
         gram *= np.outer(kept[inside], kept[inside])
         raw[inside] = geometric_median(gram, raw[inside])

@@ -188,12 +188,12 @@ class DefenceSection(Struct, frozen=True, forbid_unknown_fields=True):
     """What one device may do to all: bounds on its updates, and what its faults cost it."""
 
     aggregation: Annotated[
-        Literal["mean", "geometric-median"],
+        Literal["auto", "mean", "geometric-median"],
         Meta(
-            description="geometric-median withstands hostile devices below the bounds, "
-            "as long as they have less than half of the weight."
+            description="geometric-median withstands hostile devices below the bounds, as long as "
+            "they have less than half of the weight; auto: that from five updates on, else mean."
         ),
-    ] = "mean"
+    ] = "auto"
     clip: Annotated[
         float,
         Meta(ge=1, le=1000, description="A change counts at most this many times the median's."),

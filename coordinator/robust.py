@@ -24,7 +24,10 @@ import numpy.typing as npt
 
 F64 = npt.NDArray[np.float64]
 
-Aggregation = Literal["mean", "geometric-median"]
+Aggregation = Literal["auto", "mean", "geometric-median"]
+
+LEAST_FOR_MEDIAN = 5
+"""With fewer updates "auto" is the mean: of four devices with unlike data each one is needed."""
 
 _TOLERANCE = 1e-12  # relative to the spread of the points; weights are then exact to 1e-9
 _MOST_STEPS = 2000
@@ -35,7 +38,8 @@ class Rule:
     """How a round's updates become one.
 
     Attributes:
-        aggregation: "mean", or "geometric-median" (RFA).
+        aggregation: "mean", "geometric-median" (RFA), or "auto": the latter from LEAST_FOR_MEDIAN
+            updates on.
         clip: a change counts at most this many times the median change of the round.
         refuse: one this many times the median is left out and counted as a fault; 0 never.
         max_norm: largest Frobenius norm of a change of all B·A; beyond it, it is refused.
@@ -47,6 +51,11 @@ class Rule:
     refuse: float = 30.0
     max_norm: float = 1e4
     examples: float = 1.0
+
+    def takes_median(self, updates: int) -> bool:
+        """Say whether so many updates are combined by their geometric median."""
+        many = self.aggregation == "auto" and updates >= LEAST_FOR_MEDIAN
+        return many or self.aggregation == "geometric-median"
 
 
 def fair_counts(examples: F64, most: float) -> F64:
