@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
@@ -30,6 +29,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from edge_sdk.errors import ConfigError, LinkError
+from edge_sdk.link.address import read_address
 from edge_sdk.link.base import HEAD_BYTES, MAX_PAYLOAD_BYTES, Handler, Refused, matches
 from edge_sdk.link.limits import PatientClient, SizeGuess
 
@@ -91,27 +91,14 @@ class MqttLink:
         now: Callable[[], float] | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname:
+        self._address = read_address(url)
+        self.url = self._address.url
+        if (ca or cert or key) and not self._address.tls:
             raise ConfigError(
-                f"{_without_password(url)!r} is not a broker url; write mqtt://host:port "
-                "or mqtts://host:port"
-            )
-        self._tls = parts.scheme == "mqtts"
-        if (ca or cert or key) and not self._tls:
-            raise ConfigError(
-                f"{_without_password(url)} does not use TLS but certificate files are set; "
+                f"{self.url} does not use TLS but certificate files are set; "
                 "write mqtts://, or remove the files"
             )
-        self.url = _without_password(url)
-        self._host = parts.hostname
-        try:
-            self._port = parts.port or (8883 if self._tls else 1883)
-        except ValueError as exc:
-            raise ConfigError(f"broker url {self.url}: {exc}; use a port from 1 to 65535") from exc
-        self._user = unquote(parts.username) if parts.username else None
-        self._password = unquote(parts.password) if parts.password else None
-        self._client_id = client_id or self._user or ""
+        self._client_id = client_id or self._address.user or ""
         self._tls_files = (ca, cert, key)
         self._now = now
         self._keepalive_s = keepalive_s
@@ -307,12 +294,13 @@ class MqttLink:
 
     def _live_through_one_connection(self, version: MQTTProtocolVersion) -> None:
         client = self._new_client(version)
+        host, port = self._address.host, self._address.port
         if version is MQTTProtocolVersion.MQTTv5:
             properties = Properties(PacketTypes.CONNECT)
             properties.ReceiveMaximum = self._window[0]
-            client.connect(self._host, self._port, self._keepalive_s, properties=properties)
+            client.connect(host, port, self._keepalive_s, properties=properties)
         else:
-            client.connect(self._host, self._port, self._keepalive_s)
+            client.connect(host, port, self._keepalive_s)
         self._check_dates(client)
         with self._state:
             self._client = client
@@ -340,9 +328,9 @@ class MqttLink:
             manual_ack=True,
         )
         client.max_inflight_messages_set(self._window[0] + 1)  # ours is the window that counts
-        if self._user is not None:
-            client.username_pw_set(self._user, self._password)
-        if self._tls:
+        if self._address.user is not None:
+            client.username_pw_set(self._address.user, self._address.password)
+        if self._address.tls:
             ca, cert, key = self._tls_files
             client.tls_set_context(self._tls_context(ca, cert, key))
         client.on_connect = self._on_connack
@@ -366,7 +354,7 @@ class MqttLink:
 
     def _check_dates(self, client: paho.Client) -> None:
         connection: Any = client.socket()
-        if not self._tls or self._now is None or connection is None:
+        if not self._address.tls or self._now is None or connection is None:
             return
         certificate = connection.getpeercert()
         begins, ends = (ssl.cert_time_to_seconds(certificate[d]) for d in ("notBefore", "notAfter"))
@@ -543,11 +531,3 @@ class MqttLink:
 def _without_delay(_client: paho.Client, _data: Any, sock: Any) -> None:
     # Nagle's algorithm holds a small frame back for 40 ms, and a transfer is many round trips.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.username is None and parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return parts._replace(netloc=f"{parts.username}@{host}" if parts.username else host).geturl()
