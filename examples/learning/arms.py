@@ -13,7 +13,6 @@ Knows how each arm is run in a `Lab`. Does not know how rows are stored or teste
 | ablation | what is taken away |
 |---|---|
 | feedback-permuted | the small models' judgements: scores and opinions are dealt to other texts |
-| scores-permuted | only the scores of generated texts are dealt to other texts |
 | labels-shuffled | the synthetic set's labels, hard and soft, are dealt to other texts |
 | public-only | the devices: they send back what they got, so only the public texts can teach |
 | same-steps | ours' advantage in steps: FedAvg goes on for as many steps as ours takes, the \
@@ -191,7 +190,6 @@ PROGRAMS: dict[str, tuple[Arm, ...]] = {
     "crosslm": (
         Arm("crosslm", OURS, NONE, cross),
         Arm("crosslm", OURS, "feedback-permuted", partial(cross, permute_feedback=True)),
-        Arm("crosslm", OURS, "scores-permuted", partial(cross, permute_scores=True)),
         Arm("crosslm", OURS, "labels-shuffled", partial(cross, shuffle_labels=True)),
         Arm("crosslm", OURS, "public-only", partial(cross, learns=False)),
         Arm("crosslm", FEDAVG, "same-steps", partial(federated, more_rounds=EXTRA_ROUNDS)),

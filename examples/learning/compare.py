@@ -21,6 +21,9 @@ MEASURES = ("accuracy", "rouge-l")
 Key = tuple[str, str, str, str]
 """task, program, setting, ablation."""
 
+ArmKey = tuple[str, str, str]
+"""program, setting, ablation."""
+
 Scores = dict[Key, dict[str, dict[int, float]]]
 """Key -> "small" or "LLM" -> seed -> score."""
 
@@ -72,15 +75,15 @@ def scores(rows: Iterable[Row]) -> Scores:
     return result
 
 
-def table(found: Scores, tasks: Sequence[str], arms: Sequence[tuple[str, Key]]) -> str:
-    """Mean and standard deviation in per cent; `arms` are (shown name, key without its task)."""
+def table(found: Scores, tasks: Sequence[str], arms: Sequence[tuple[str, ArmKey]]) -> str:
+    """Mean and standard deviation in per cent; `arms` come with their shown names."""
     names = [name for name, _ in arms]
     wide = max(map(len, names)) + 2
     lines = []
     for kind in (SMALL, LARGE):
         lines += [f"{kind} model, per cent, mean ± standard deviation over seeds", ""]
         lines.append("".ljust(wide) + "".join(task.rjust(13) for task in tasks))
-        for name, (_, *arm) in arms:
+        for name, arm in arms:
             cells = [_cell(found.get((task, *arm), {}).get(kind, {})) for task in tasks]
             lines.append(name.ljust(wide) + "".join(cell.rjust(13) for cell in cells))
         lines.append("")
@@ -93,11 +96,11 @@ def _cell(by_seed: Mapping[int, float]) -> str:
 
 
 def claims(
-    found: Scores, program: str, tasks: Sequence[str], against: Sequence[tuple[str, Key]]
+    found: Scores, program: str, tasks: Sequence[str], against: Sequence[tuple[str, ArmKey]]
 ) -> list[Claim]:
     """Ours against each arm of `against`: every task, corrected over tasks, and their mean."""
     result = []
-    for name, (_, *arm) in against:
+    for name, arm in against:
         for kind in (SMALL, LARGE):
             pairs: dict[str, tuple[list[float], list[float]]] = {}
             for task in tasks:

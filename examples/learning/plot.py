@@ -31,7 +31,7 @@ def dot_plot(
     parts: list[str] = []
     y = float(TOP)
     for i, name in enumerate(names):
-        x = LEFT + (i % 4) * 200
+        x: float = LEFT + (i % 4) * 200
         at = y + (i // 4) * 18
         parts.append(f'<circle cx="{x}" cy="{at - 4}" r="4" fill="{COLOURS[i % len(COLOURS)]}"/>')
         parts.append(f'<text x="{x + 9}" y="{at}">{escape(name)}</text>')

@@ -95,7 +95,8 @@ class Results:
             for cells in lines[1:]:
                 unit = unit_of(cells[:5])
                 if unit in done:
-                    row = Row(unit, *cells[5:8], value=_value(cells[8]))
+                    model, role, metric, value = cells[5:]
+                    row = Row(unit, model, role, metric, _value(value))
                     self.rows.setdefault(unit, []).append(row)
         except (OSError, KeyError, IndexError, TypeError, json.JSONDecodeError) as exc:
             raise ResultsError(f"{self.path} cannot be continued: {exc!r}; remove it") from exc

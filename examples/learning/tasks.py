@@ -24,6 +24,9 @@ from examples.data.corpus import CorpusError, File, Row, read_rows
 CHARS = 240
 """Most characters of a text: about 60 tokens."""
 
+NEWS_CHARS = 160
+"""Most characters of a news article: its title and a line."""
+
 CHOICE_CHARS = 320
 """Most characters of a question with all its choices; longer ones are left out."""
 
@@ -92,6 +95,12 @@ def shortened(text: str, limit: int = CHARS) -> str:
 def plain(row: Row) -> Example:
     """A text with its label."""
     return shortened(field(row, "text")), field(row, "label")
+
+
+def news(row: Row) -> Example:
+    """An article's title and first words."""
+    text, label = plain(row)
+    return shortened(text, NEWS_CHARS), label
 
 
 def sentence(row: Row) -> Example | None:
@@ -190,8 +199,8 @@ def _tasks() -> dict[str, BenchTask]:
                 "non-commercial",
             ),
             {"0": "world", "1": "sports", "2": "business", "3": "science"},
-            plain,
-            steps=24,
+            news,
+            steps=36,
         ),
         BenchTask(
             "trec",
@@ -234,7 +243,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {"entailment": "yes", "not_entailment": "no"},
             entailment,
-            steps=16,
+            steps=12,
         ),
         BenchTask(
             "wic",
@@ -252,7 +261,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {"False": "different", "True": "same"},
             word_in_context,
-            steps=24,
+            steps=20,
         ),
         BenchTask(
             "cqa",
@@ -270,7 +279,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {letter: letter for letter in "ABCDE"},
             choice("ABCDE"),
-            steps=20,
+            steps=16,
         ),
         BenchTask(
             "arc-e",
@@ -288,7 +297,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {letter: letter for letter in "ABCD"},
             choice("ABCD"),
-            steps=16,
+            steps=14,
         ),
         BenchTask("sni", sni, sni, {}, short_answer, steps=32, group="task", test_share=0.35),
     )
