@@ -103,7 +103,8 @@ class Life:
         # In turn: loading a model in two threads of one process is not safe in transformers.
         while not self._closing:
             for device in self.devices:
-                device.step(timeout_s=0.02)
+                if device.membership is not None and device.membership.complete:
+                    device.step(timeout_s=0.02)
 
     def told(self, name: str) -> list[dict[str, object]]:
         lines = [json.loads(line) for line in self.stream.getvalue().splitlines()]
