@@ -6,6 +6,7 @@ Knows the lock in the state folder and the link settings. Does not know what is 
 import fcntl
 import os
 import random
+import threading
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +39,7 @@ class Connection:
         self._config, self._folder, self._mailbox = config, folder, mailbox
         self._member, self._ledger, self._link = member, ledger, link
         self._claimed: IO[str] | None = None
+        self._opening = threading.Lock()
         self.courier: Courier | None = None
 
     @property
@@ -52,14 +54,16 @@ class Connection:
             ConfigError: the link settings or the key file cannot be used.
             StorageError: another process runs this device, or the disk refuses.
         """
-        if self.courier is not None:
-            return self.courier
+        with self._opening:  # two threads of an application may ask at once
+            return self.courier or self._open()
+
+    def _open(self) -> Courier:
         member, found = self._member, self._member.membership
         assert found is not None, "a code comes first"
         self._claim()
         member.open()
         self._link = self._link or self._dial(found)
-        self.courier = Courier(
+        courier = Courier(
             self._link,
             self._mailbox,
             member.ring,
@@ -73,8 +77,9 @@ class Connection:
             window_bytes=self._config.link.window_kb * 1024,
             ledger=self._ledger,
         )
-        self.courier.start()
-        return self.courier
+        courier.start()
+        self.courier = courier
+        return courier
 
     def hang_up(self) -> None:
         """End the connection; the next `open` dials anew. The folder stays claimed."""
