@@ -91,9 +91,7 @@ class Inbox:
     def refused(self, header: Header, refusal: Refusal, reason: str) -> None:
         """Called by the courier for a message that its sender signed and nobody can read."""
         with self._store.transaction():
-            row = self._store.ask_of_task(header.task)
-            if row is not None and row.device == header.sender and row.state == "open":
-                self._store.set_ask_state(row.ask, "refused")
+            self._store.refuse_ask(header.task, header.sender)
             quarantined = self._fleet.fault(header.sender, refusal.name.lower(), reason)
         self._tell_refusal(header.sender, header.kind, reason, quarantined=quarantined)
         self._arrived.set()
@@ -231,6 +229,7 @@ class Inbox:
         kind = type(message).__name__ if message is not None else "unreadable"
         with self._store.transaction():
             self._store.refuse(letter, device, kind, reason)
+            self._store.refuse_ask(getattr(message, "task_id", ""), device)
             quarantined = self._fleet.fault(device, step, reason)
         self._tell_refusal(device, kind, reason, quarantined=quarantined)
 

@@ -250,6 +250,15 @@ class Store:
         with self.transaction() as db:
             db.execute("UPDATE asks SET state = ? WHERE ask = ?", (state, ask))
 
+    def refuse_ask(self, task: str, device: str) -> None:
+        """Record that nothing useful will come for `task`, if it is an open one of `device`."""
+        with self.transaction() as db:
+            db.execute(
+                "UPDATE asks SET state = 'refused' WHERE task = ? AND device = ?"
+                " AND state = 'open'",
+                (task, device),
+            )
+
     def close_refused(self, run: str) -> None:
         """Close refused asks, so that asking again in the same words sends them again."""
         with self.transaction() as db:

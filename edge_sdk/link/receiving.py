@@ -228,6 +228,7 @@ class Receiver:
         try:
             transfer = self.arriving.expect(peer, manifest, public, opener, max_bytes=limit)
         except SealError as exc:
+            self._fault(header, Refusal.UNREADABLE, str(exc))
             self._reject(peer, header, manifest.digest, Refusal.UNREADABLE, str(exc))
             return
         if transfer is None:
@@ -281,6 +282,7 @@ class Receiver:
         digest = transfer.manifest.digest
         if verdict.refusal is not None:
             self.mailbox.drop_partial(header.stream)
+            self._fault(header, verdict.refusal, verdict.reason)
             self._reject(transfer.peer, header, digest, verdict.refusal, verdict.reason)
             return
         self._report(header, header.plaintext_bytes)
