@@ -1,6 +1,6 @@
 """What a broker does not say about its limits is guessed; a bad network is not taken for it."""
 
-from edge_sdk.link.limits import GUESS_S, RIGHT_AFTER_S, STRIKES, SizeGuess
+from edge_sdk.link.limits import FIRST_GUESS_S, RIGHT_AFTER_S, STRIKES, SizeGuess
 
 BIG, SMALL = 65_574, 400
 
@@ -31,10 +31,13 @@ def test_cuts_right_after_large_messages_give_a_limit_for_some_time() -> None:
     cut_off(guess, 1)
     assert guess.limit == BIG - 1
 
-    clock.now += GUESS_S
+    clock.now += FIRST_GUESS_S
     assert guess.limit > BIG
-    cut_off(guess, 1)  # still not: believed again at once
+    cut_off(guess, 1)  # still not: believed again at once, and for longer
+    clock.now += FIRST_GUESS_S
     assert guess.limit == BIG - 1
+    clock.now += FIRST_GUESS_S
+    assert guess.limit > BIG
 
 
 def test_one_large_message_that_is_taken_ends_the_suspicion() -> None:

@@ -18,9 +18,11 @@ from paho.mqtt.enums import MQTTErrorCode
 STRIKES = 6
 """So many connections in a row must end right after a message larger than any that was taken."""
 RIGHT_AFTER_S = 3.0
-GUESS_S = 600.0
-"""How long a guess is believed; then one larger message is tried, as the cuts may have had another
-reason. That a guess can be wrong is why messages are held back by it and not given up."""
+FIRST_GUESS_S = 20.0
+"""How long a guess is believed at first; then one larger message is tried, as the cuts may have had
+another reason, and each time it fails the guess is believed twice as long, up to LAST_GUESS_S. That
+a guess can be wrong is why messages are held back by it and not given up."""
+LAST_GUESS_S = 600.0
 _NO_LIMIT = 2**62
 _PUBACK_REASONS = frozenset({0, 16, 128, 131, 135, 144, 145, 151, 153})  # MQTT 5, section 3.4.2.1
 
@@ -39,6 +41,7 @@ class SizeGuess:
         self._suspect = _NO_LIMIT
         self._sent_at = 0.0
         self._believed_until = 0.0
+        self._belief_s = FIRST_GUESS_S
 
     @property
     def limit(self) -> int:
@@ -55,6 +58,7 @@ class SizeGuess:
         if size > self._proven:
             self._proven = size
             self._strikes, self._suspect, self._believed_until = 0, _NO_LIMIT, 0.0
+            self._belief_s = FIRST_GUESS_S
 
     def cut(self, waiting: Iterable[int]) -> None:
         """The connection ended while messages of these sizes were not acknowledged."""
@@ -64,7 +68,8 @@ class SizeGuess:
         self._strikes += 1
         self._suspect = min(self._suspect, *larger)
         if self._strikes >= STRIKES:
-            self._believed_until = self._clock() + GUESS_S
+            self._believed_until = self._clock() + self._belief_s
+            self._belief_s = min(LAST_GUESS_S, 2 * self._belief_s)
 
 
 class PatientClient(paho.Client):

@@ -47,6 +47,7 @@ STREAMS_PER_PEER = 4
 LONGEST_WAIT_S = 300.0
 LONGEST_SLOW_S = 60
 """A Slow is not signed: whoever forges one delays a message by no more than this."""
+_DOUBT_S = 10.0  # until a message that seemed too large is offered again
 _MOST_REFUSALS = 5
 _STUCK = 4
 _BATCH = 64  # messages begun in one transaction
@@ -393,7 +394,8 @@ class Sender:
                 self._park(current, reason)
                 return
             if len(data) > self.link.trusted_payload:
-                self._stall(current, "the broker seems to cut connections for messages that large")
+                text = "the broker seems to cut connections for messages that large"
+                self._stall(current, text, _DOUBT_S)
                 return
             if not self.publish(current.to, current.kind, data):
                 break
@@ -413,7 +415,7 @@ class Sender:
         else:
             self._stall(current, f"the broker refused it: {reason}", current.wait_s)
 
-    def _stall(self, current: _Stream, reason: str, wait_s: float = LONGEST_WAIT_S) -> None:
+    def _stall(self, current: _Stream, reason: str, wait_s: float) -> None:
         logger.info("%s to %s waits: %s", current.kind, current.to[:12], reason)
         current.wants = _STUCK  # others may go before it
         current.wait_s = min(LONGEST_WAIT_S, 2 * wait_s)
