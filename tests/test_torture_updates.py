@@ -80,15 +80,15 @@ def report(**changes: object) -> Callable[[AnyMessage], AnyMessage]:
 LIES: dict[str, tuple[AnyMessage, Callable[[AnyMessage], AnyMessage], str, str]] = {
     "a score above 1": (SCORE, score(0.5, 1.5), "not_understood", "<= 1"),
     "a score below 0": (SCORE, score(-0.1, 0.5), "not_understood", ">= 0"),
-    "a score that is no number": (SCORE, score(0.5, float("nan")), "reply", "not finite"),
+    "a score that is no number": (SCORE, score(0.5, float("nan")), "not_understood", ""),
     "scores of other texts": (SCORE, score(0.5), "reply", "1 scores for 2 texts"),
     "an accuracy above 1": (OFFER, report(accuracy=2.0), "not_understood", "<= 1"),
     "a negative speed": (OFFER, report(tokens_per_s=-1.0), "reply", "outside 0 to"),
     "endless stages": (
         OFFER,
         report(seconds={f"stage-{i}": 1.0 for i in range(999)}),
-        "reply",
-        "999 stages",
+        "not_understood",
+        "length <=",
     ),
     "a bomb of text": (
         SCORE,
