@@ -36,6 +36,7 @@ MEANINGS = {
     "device": "this device's name, chosen by the operator",
     "examples": "how many examples were used, as a number",
     "families": "model families this device accepts",
+    "hybrid_key": "public key for the second suite, where it is used",
     "identity_key": "public key that this device signs with",
     "memory_mb": "memory allowed for training, from the settings",
     "paths": "names of model files this device lacks",
