@@ -59,6 +59,9 @@ class Link(Protocol):
     def on_refused(self, callback: Refused) -> None:
         """Call `callback` when the broker refuses a message that `publish` took."""
 
+    def refresh(self) -> None:
+        """Ask for all subscriptions again, at most every few seconds; for when nothing is heard."""
+
     def on_connect(self, callback: Callable[[], None]) -> None:
         """Call `callback` after each connect, once the subscriptions are in place."""
 

@@ -174,6 +174,9 @@ class MemoryLink:
         """Call `callback` after each connect."""
         self._callbacks.append(callback)
 
+    def refresh(self) -> None:
+        """Nothing to do: this broker forgets no subscription."""
+
     def on_refused(self, callback: Refused) -> None:
         """Call `callback` when a message is refused; `refuse` says which are."""
         self._refused.append(callback)

@@ -40,6 +40,8 @@ _STEADY_S = 5.0  # a connection that lived this long was a good one: back-off st
 _PUBLISH_WAIT_S = 30.0  # longest wait for room in the window before the caller is told
 _CLOSE_WAIT_S = 5.0
 _SELECT_S = 1.0
+_REFRESH_S = 5.0
+_SUBSCRIBED_S = 10.0  # a connection without our subscriptions after so long is tried anew
 _ANSWER_SELECT_S = 0.1
 # amqtt misreads the properties of an MQTT 5 CONNECT and waits for bytes that never come, so silence
 # soon means 3.1.1; a slow link that ends up there loses nothing but speed.
@@ -127,6 +129,7 @@ class MqttLink:
         self._unacknowledged: dict[
             int, tuple[int, str, bytes]
         ] = {}  # packet id -> size, topic, head
+        self._refresh_at = 0.0
         self._guess = SizeGuess(time.monotonic)
         self._refused: list[Refused] = []
         self._early: set[int] = set()  # acknowledged before publish() had returned its id
@@ -228,6 +231,13 @@ class MqttLink:
         if client is not None and self._up:
             self._ask_for(client, [topic])
 
+    def refresh(self) -> None:
+        """Subscribe again: what the broker understood may not be what we asked for."""
+        client, now = self._client, time.monotonic()
+        if client is not None and self._up and now >= self._refresh_at:
+            self._refresh_at = now + _REFRESH_S
+            self._ask_for(client, [topic for topic, _ in self._handlers])
+
     def on_refused(self, callback: Refused) -> None:
         """Call `callback`, on the delivering thread, when the broker refuses a message."""
         self._refused.append(callback)
@@ -315,7 +325,10 @@ class MqttLink:
             self._version = MQTTProtocolVersion.MQTTv311
 
     def _given_up(self, answer_by: float) -> bool:
-        return not self._answered and time.monotonic() > answer_by
+        waits = not self._answered or (
+            not self._up and time.monotonic() > answer_by + _SUBSCRIBED_S
+        )
+        return waits and time.monotonic() > answer_by
 
     def _new_client(self, version: MQTTProtocolVersion) -> paho.Client:
         v5 = version is MQTTProtocolVersion.MQTTv5

@@ -48,6 +48,7 @@ LONGEST_WAIT_S = 300.0
 LONGEST_SLOW_S = 60
 """A Slow is not signed: whoever forges one delays a message by no more than this."""
 _DOUBT_S = 10.0  # until a message that seemed too large is offered again
+_DEAF = 3  # after so many Offers without an answer, perhaps nobody can answer us
 _MOST_REFUSALS = 5
 _STUCK = 4
 _BATCH = 64  # messages begun in one transaction
@@ -368,6 +369,8 @@ class Sender:
 
     def _again(self, current: _Stream) -> None:
         current.quiet += 1
+        if current.quiet % _DEAF == 0:
+            self.link.refresh()
         current.wait_s = min(LONGEST_WAIT_S, 2 * current.wait_s)
         peer = self.lookup(current.to)
         if peer is None:
