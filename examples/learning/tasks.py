@@ -182,7 +182,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {"0": "negative", "1": "positive"},
             sentence,
-            steps=48,
+            steps=44,
         ),
         BenchTask(
             "agnews",
@@ -200,7 +200,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {"0": "world", "1": "sports", "2": "business", "3": "science"},
             news,
-            steps=36,
+            steps=28,
         ),
         BenchTask(
             "trec",
