@@ -1,9 +1,12 @@
-"""A link outlives a message whose topic was damaged on the way (found by torture F4)."""
+"""A link outlives what a bad network makes of topics and subscriptions (found by torture F4)."""
 
 import queue
 import socket
 import threading
 
+import pytest
+
+from edge_sdk.link import mqtt
 from edge_sdk.link.mqtt import MqttLink
 
 CONNACK, PUBACK_TYPE = b"\x20\x02\x00\x00", 4
@@ -49,5 +52,41 @@ def test_a_topic_that_is_not_text_is_left_out_and_the_next_message_arrives() -> 
         assert arrived.get(timeout=SOON_S) == "v1/home/a/down"
         assert [acknowledged.get(timeout=SOON_S) for _ in range(2)] == [1, 2]
 
+        link.close()
+        broker.join()
+
+
+def forget_one(listener: socket.socket, over: threading.Event) -> None:
+    """Never confirm the first connection's subscription; confirm the second's."""
+    for confirm in (False, True):
+        stream, _ = listener.accept()
+        with stream:
+            packet(stream)
+            stream.sendall(CONNACK)
+            _, subscribe = packet(stream)
+            if confirm:
+                stream.sendall(b"\x90\x03" + subscribe[:2] + b"\x01")
+                over.wait(SOON_S)
+            else:
+                stream.recv(1)  # until the link gives up
+
+
+def test_a_subscription_that_is_never_confirmed_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mqtt, "_SUBSCRIBED_S", 0.1)
+    monkeypatch.setattr(mqtt, "_ANSWER_S", dict.fromkeys(mqtt._ANSWER_S, 0.5))
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        broker = threading.Thread(target=forget_one, args=(listener, over))
+        broker.start()
+        url = f"mqtt://a@127.0.0.1:{listener.getsockname()[1]}"
+        link = MqttLink(url, mqtt_version="3.1.1", first_retry_s=0.01)
+        link.subscribe("v1/home/a/down", lambda _topic, _payload: None)
+
+        link.connect(wait_s=SOON_S)
+
+        assert link.connected
+        over.set()
         link.close()
         broker.join()
