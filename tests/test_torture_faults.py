@@ -1,6 +1,8 @@
 """The short forms of the fault figures: kills, bad networks, full disks and power cuts."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.torture import (
 from tests.torture.result import Result, Run, Scale
 
 SEED = 7
+ROOT = Path(__file__).resolve().parent.parent
 
 pytestmark = [
     pytest.mark.broker,
@@ -38,6 +41,28 @@ def test_nothing_is_lost(figure: Run, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_power_cut_at_every_fsync_leaves_a_good_store(tmp_path: Path) -> None:
     held(f7_power.run(Scale.SHORT, SEED, tmp_path))
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_a_store_that_does_not_sync_fails_the_power_cut(tmp_path: Path) -> None:
+    """The figure itself can fail: without fsync before the Done, acknowledged updates are lost."""
+    for package in ("edge_sdk", "coordinator", "exporters", "compression", "tests/torture"):
+        hidden = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=hidden)
+    database = tmp_path / "edge_sdk/store/database.py"
+    text = database.read_text()
+    database.write_text(text.replace("synchronous = FULL", "synchronous = OFF"))
+    assert database.read_text() != text
+
+    told = subprocess.run(
+        [sys.executable, "-m", "tests.torture", "--only", "F7", "--out", "out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+
+    assert told.returncode == 1
+    assert "lost" in told.stderr
 
 
 def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ what is right: the history checker judges.
 strace records every write, fsync, resize, rename and removal of a coordinator and two devices, and
 the lines of their history, in one order. At each fsync of a store's file (database, WAL, journal,
 body or folder) three disks are made (`disk.py`): what is there once it returned; and, just before
-it, without anything unsynced, and with a random part of it. Each time:
+it, without anything unsynced, and with a random part of it. The last two are made also whenever a
+line of the history was written: from then on the world relies on it. Each time:
 
 - the coordinator's store opens, passes SQLite's integrity check, every unused message in it can
   be read, and the checker finds in it whatever devices and coordinator had told by then;
@@ -30,7 +31,7 @@ from edge_sdk.errors import ConfigError, FleetError, StorageError
 from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import decode
 from tests.torture.children import ROOT
-from tests.torture.disk import Act, Disk, Kept, run_traced, steps, write_out
+from tests.torture.disk import Act, Disk, Kept, Step, run_traced, steps, write_out
 from tests.torture.history import Did, Verdict, check, judge, read_lines
 from tests.torture.parties import RUN, account
 from tests.torture.power_child import NAMES, world
@@ -56,17 +57,14 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
     recorded = list(steps(folder / "trace", folder / "world"))
     (folder / "trace").unlink()
     _check_model(recorded, folder / "world")
-    cuts = [
-        at
-        for at, step in enumerate(recorded)
-        if step.act is Act.SYNC and step.path.startswith("hq") and ".key" not in step.path
-    ]
+    cuts = [at for at, step in enumerate(recorded) if _is_fsync(step) or _is_told(step)]
     rng = random.Random(seed)
     chosen = cuts
     if scale is Scale.SHORT:
         chosen = sorted(rng.sample(cuts, min(SHORT_CUTS, len(cuts))))
     continued = set(rng.sample(chosen, CONTINUED[scale]))
-    say("F7", f"{len(recorded)} calls recorded, {len(cuts)} fsyncs")
+    fsyncs = sum(_is_fsync(recorded[at]) for at in chosen)
+    say("F7", f"{len(recorded)} calls recorded, {fsyncs} fsyncs, {len(chosen) - fsyncs} lines told")
     inspector = _Inspector(folder / "cut", rng)
     disk = Disk()
     last = 0
@@ -76,21 +74,28 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
             disk.take(step)
         last = at
         path = recorded[at].path
-        where = f"cut {number}, before {path}"
+        told = _is_told(recorded[at])
+        if told:  # the line itself is out in the world
+            inspector.hear(path, recorded[at].data)
+        where = f"cut {number}, {'after' if told else 'before'} {path}"
         inspector.look(disk, Kept.LAZY, path, where)
         inspector.look(disk, Kept.TORN, path, where)
         if at in continued:
+            if told:
+                disk.take(recorded[at])
             inspector.go_on(disk, rng.choice(list(Kept)), seed, where)
-        disk.take(recorded[at])
+        if not told or at not in continued:
+            disk.take(recorded[at])
         last = at + 1
-        inspector.look(disk, Kept.ORDERED, path, f"cut {number}, after {path}")
+        if not told:
+            inspector.look(disk, Kept.ORDERED, path, f"cut {number}, after {path}")
         if number % 200 == 0:
             say("F7", f"{number} of {len(chosen)} cuts, {len(inspector.problems)} problems")
-    enough = len(chosen) >= GOAL or scale is Scale.SHORT
+    enough = fsyncs >= GOAL or scale is Scale.SHORT
     return Result(
         code="F7",
         title="power cut at every fsync",
-        value={"prefixes": len(chosen), "disks": inspector.disks, "continued": len(continued)},
+        value={"prefixes": fsyncs, "disks": inspector.disks, "continued": len(continued)},
         unit="prefixes",
         goal=">= 1,000 prefixes, each opens and passes the checker",
         passed=enough and not inspector.problems,
@@ -98,13 +103,22 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         doubled=inspector.doubled,
         notes={
             "updates": inspector.updates,
+            "cuts_after_a_told_line": len(chosen) - fsyncs,
             "problem_count": len(inspector.problems),
             "problems": inspector.problems[:10],
         },
     )
 
 
-def _check_model(recorded: list[Any], folder: Path) -> None:
+def _is_fsync(step: Step) -> bool:
+    return step.act is Act.SYNC and step.path.startswith("hq") and ".key" not in step.path
+
+
+def _is_told(step: Step) -> bool:
+    return step.act is Act.APPEND and step.path.startswith("history/") and len(step.data) > 1
+
+
+def _check_model(recorded: list[Step], folder: Path) -> None:
     """The rebuilt disk must be the real one, byte for byte, or the figure means nothing."""
     disk = Disk()
     for step in recorded:
@@ -140,7 +154,7 @@ class _Inspector:
         """Open the coordinator's store, and the device's that `path` belongs to."""
         self.disks += 1
         for name, device in STORES.items():
-            if device and not path.startswith(name):
+            if device and not path.startswith((name, f"history/{device}.")):
                 continue
             self._lay(disk, kept, lambda file, name=name: file.startswith(name))  # type: ignore[misc]
             try:
