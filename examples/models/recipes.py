@@ -3,7 +3,7 @@
 Knows nothing about text.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import transformers
 
@@ -50,11 +50,25 @@ class Recipe:
         return sum(run.steps for run in self.chain[:-1])
 
 
+_LLM_FIRST = Recipe("llm-first", "llama", 320, 8, 5, 864, 8192, 512, steps=4000, lr=1.0e-3, micro=2)
+
 # Every size is divisible by 32, so that the int4 export needs no padding of its blocks.
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("llm", "llama", 320, 8, 5, 864, 8192, 512, steps=4000, lr=1.0e-3, micro=2),
+        replace(
+            _LLM_FIRST,
+            name="llm",
+            start=_LLM_FIRST,
+            steps=500,
+            lr=5.0e-4,
+            windows=16,
+            muon_lr=0.006,
+            warm_up=20,
+            decay=0.7,
+            attention="eager",
+            seed=SEED + 1,  # other windows than the first run's
+        ),
         Recipe("slm-a", "llama", 192, 4, 3, 512, 8192, 512, steps=5000, lr=2.0e-3),
         Recipe("slm-b", "qwen3", 192, 5, 3, 512, 4096, 512, steps=2500, lr=2.0e-3),
         Recipe(
