@@ -90,3 +90,35 @@ def test_a_subscription_that_is_never_confirmed_is_asked_for_again(
         over.set()
         link.close()
         broker.join()
+
+
+def listen_twice(listener: socket.socket, asked: "queue.Queue[bytes]") -> None:
+    stream, _ = listener.accept()
+    with stream:
+        packet(stream)
+        stream.sendall(CONNACK)
+        for _ in range(2):
+            _, subscribe = packet(stream)
+            asked.put(subscribe[2:])
+            stream.sendall(b"\x90\x03" + subscribe[:2] + b"\x01")
+        stream.recv(1)
+
+
+def test_one_who_only_listens_confirms_that_he_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first SUBSCRIBE may have reached the broker damaged, and been confirmed all the same."""
+    monkeypatch.setattr(mqtt, "_REFRESH_S", 0.1)
+    asked: queue.Queue[bytes] = queue.Queue()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        broker = threading.Thread(target=listen_twice, args=(listener, asked))
+        broker.start()
+        link = MqttLink(f"mqtt://a@127.0.0.1:{listener.getsockname()[1]}", mqtt_version="3.1.1")
+        link.subscribe("v1/home/a/down", lambda _topic, _payload: None)
+        link.connect()
+
+        first, second = (asked.get(timeout=SOON_S) for _ in range(2))
+
+        assert first == second
+        link.close()
+        broker.join()

@@ -41,6 +41,7 @@ _PUBLISH_WAIT_S = 30.0  # longest wait for room in the window before the caller 
 _CLOSE_WAIT_S = 5.0
 _SELECT_S = 1.0
 _REFRESH_S = 5.0
+_CONFIRM_S = 300.0  # and so often even if all seems well
 _SUBSCRIBED_S = 10.0  # a connection without our subscriptions after so long is tried anew
 _ANSWER_SELECT_S = 0.1
 # amqtt misreads the properties of an MQTT 5 CONNECT and waits for bytes that never come, so silence
@@ -129,7 +130,7 @@ class MqttLink:
         self._unacknowledged: dict[
             int, tuple[int, str, bytes]
         ] = {}  # packet id -> size, topic, head
-        self._refresh_at = 0.0
+        self._refresh_at = self._confirm_at = 0.0
         self._guess = SizeGuess(time.monotonic)
         self._refused: list[Refused] = []
         self._early: set[int] = set()  # acknowledged before publish() had returned its id
@@ -320,6 +321,7 @@ class MqttLink:
         rc = MQTTErrorCode.MQTT_ERR_SUCCESS
         while rc == MQTTErrorCode.MQTT_ERR_SUCCESS and not self._given_up(answer_by):
             rc = client.loop(timeout=_SELECT_S if self._answered else _ANSWER_SELECT_S)
+            self._confirm()
         if not self._answered and not self._closing.is_set():
             self._fail("did not answer our CONNECT; is it an MQTT broker?")
             self._version = MQTTProtocolVersion.MQTTv311
@@ -329,6 +331,14 @@ class MqttLink:
             not self._up and time.monotonic() > answer_by + _SUBSCRIBED_S
         )
         return waits and time.monotonic() > answer_by
+
+    def _confirm(self) -> None:
+        # A SUBSCRIBE whose topic was damaged on the way is confirmed like any other, and who has
+        # nothing to send would never find out that nobody can reach him.
+        now = time.monotonic()
+        if self._up and now >= self._confirm_at:
+            self._confirm_at = now + _CONFIRM_S
+            self.refresh()
 
     def _new_client(self, version: MQTTProtocolVersion) -> paho.Client:
         v5 = version is MQTTProtocolVersion.MQTTv5
@@ -452,6 +462,7 @@ class MqttLink:
         with self._state:
             self._up = True
             self._rejected = False
+            self._confirm_at = time.monotonic() + _REFRESH_S
             self._failure = "the connection was cut"
             self.connections += 1
             self._state.notify_all()
