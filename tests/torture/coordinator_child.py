@@ -49,6 +49,7 @@ def main(folder: Path, history: Path, url: str, version: str, need: int, *names:
     headquarters.start()
     program = counting(names, record, need=need, within_s=WITHIN_S, over=over, told=_tell)
     headquarters.runner.run(program, run=RUN)
+    headquarters.wait_until_delivered(WITHIN_S)
     _tell("finished")
     ended.wait()
     headquarters.account(record)

@@ -51,7 +51,12 @@ def main(folder: Path, history: Path, url: str, name: str, size: str = "0", task
         record(Did.SENT, update=f"{name}/{task}", value=value_of(data))
         courier.send("coordinator", File(task_id=task, path="p", data=data), task=task)
     over = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.read()
+        over.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     sending = bool(int(size))
     with courier:
         while not over.is_set():

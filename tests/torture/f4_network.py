@@ -180,6 +180,7 @@ def _rounds(
     thread.join(PATIENCE_S)
     if thread.is_alive() or office.runner.failure is not None:
         raise FleetError(f"the program did not finish: {office.runner.failure}")
+    office.wait_until_delivered(PATIENCE_S)
     for device in devices:
         device.wait_until_idle(PATIENCE_S)
     took = time.monotonic() - cleared

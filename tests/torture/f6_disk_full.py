@@ -129,6 +129,7 @@ class _World:
             _need(not thread.is_alive(), "the program did not go on when there was room")
             if self._office.runner.failure is not None:
                 raise FleetError(f"the program ended: {self._office.runner.failure}")
+            self._office.wait_until_delivered(DEADLINE_S)
             for device in self._devices.values():
                 device.wait_until_idle(DEADLINE_S)
         finally:

@@ -204,6 +204,19 @@ class Headquarters:
             )
         )
 
+    def wait_until_delivered(self, timeout_s: float) -> None:
+        """Return once every task is confirmed by its device: no device gets more to do then.
+
+        Raises:
+            LinkError: that took longer than `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self.courier.mail:
+            while left := self.mailbox.pending():
+                if time.monotonic() > deadline:
+                    raise LinkError(f"{len(left)} tasks still wait after {timeout_s:.0f} s")
+                self.courier.mail.wait(LOOK_S)
+
     def account(self, history: History) -> None:
         """Write down what the store holds besides aggregates: refused and unused updates."""
         account(self.store, history)

@@ -57,6 +57,7 @@ def world(folder: Path, steps: int, seed: int) -> int:
     program = counting(NAMES, history, need=len(NAMES), within_s=WITHIN_S, over=over)
     try:
         office.runner.run(program, run=RUN)
+        office.wait_until_delivered(DEADLINE_S)
         for device in devices:
             device.wait_until_idle(DEADLINE_S)
     finally:
