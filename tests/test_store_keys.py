@@ -1,5 +1,6 @@
 """The key file: private, whole or absent, and the same for everybody who opens it."""
 
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +26,19 @@ def test_all_who_create_at_once_get_one_identity(tmp_path):
         keys = list(pool.map(lambda _: load_or_create(tmp_path / "k").to_bytes(), range(16)))
 
     assert len(set(keys)) == 1
+
+
+def test_who_creates_second_takes_what_the_first_wrote(tmp_path, monkeypatch):
+    path, link, first = tmp_path / "k", os.link, []
+
+    def overtaken(source, target):
+        monkeypatch.setattr("os.link", link)
+        first.append(load_or_create(path))  # another one, between our look and our link
+        link(source, target)
+
+    monkeypatch.setattr("os.link", overtaken)
+
+    assert load_or_create(path).to_bytes() == first[0].to_bytes()
 
 
 def test_a_file_that_others_may_read_is_refused(tmp_path):
