@@ -54,7 +54,7 @@ class Knobs:
         answer_tokens: most tokens of an open answer.
     """
 
-    rounds: int = 2
+    rounds: int = 3
     batch: int = 8
     lr: float = 3e-3
     synthetic_weight: float = 0.5

@@ -200,7 +200,7 @@ def _tasks() -> dict[str, BenchTask]:
             ),
             {"0": "world", "1": "sports", "2": "business", "3": "science"},
             news,
-            steps=28,
+            steps=36,
         ),
         BenchTask(
             "trec",
