@@ -38,6 +38,7 @@ from edge_sdk.memory import DeviceMemory
 from edge_sdk.models import ModelStore, child_probe
 from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Letter, Mailbox
+from edge_sdk.store.outbox import OutboxRules
 from edge_sdk.tasks import Event, Handled, TaskDesk
 from edge_sdk.wire.enrolment import EnrolmentCode
 from edge_sdk.wire.messages import Enrolled, Renewed, decode, encode
@@ -83,8 +84,13 @@ class EdgeDevice:
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as exc:
             raise StorageError(f"cannot make the state folder {self._state}: {exc}") from exc
+        device = config.device
         self._mailbox = Mailbox(
-            self._state / "mailbox.db", max_bytes=config.device.store_mb * 1024 * 1024
+            self._state / "mailbox.db",
+            max_bytes=device.store_mb * 1024 * 1024,
+            outbox=OutboxRules(
+                device.outbox_mb * 1024 * 1024, device.outbox_days * 86_400.0, device.when_full
+            ),
         )
         self._memory = DeviceMemory(self._mailbox)
         self.ledger = Ledger(self._mailbox, now)

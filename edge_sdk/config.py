@@ -46,6 +46,21 @@ class DeviceSection(Struct, frozen=True, forbid_unknown_fields=True):
             "must hold the largest model file twice while it arrives.",
         ),
     ] = 4096
+    outbox_mb: Annotated[
+        int,
+        Meta(ge=1, le=1 << 20, description="Most MiB of messages waiting to leave; see when_full."),
+    ] = 2048
+    outbox_days: Annotated[
+        float,
+        Meta(gt=0, le=3650, description="A message is set aside after so many days at work."),
+    ] = 60.0
+    when_full: Annotated[
+        Literal["refuse", "oldest"],
+        Meta(
+            description="A full outbox refuses what is new, or gives up the oldest waiting message "
+            "of the same kind, of which only the newest is worth anything."
+        ),
+    ] = "refuse"
     hybrid: Annotated[
         bool,
         Meta(

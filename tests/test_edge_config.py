@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.agent import EdgeDevice
 from edge_sdk.collect import Example, ExampleStore, read_examples
-from edge_sdk.config import EdgeConfig
+from edge_sdk.config import DeviceSection, EdgeConfig
 from edge_sdk.errors import ConfigError, DataError, StorageError
+from edge_sdk.store.outbox import OutboxRules
 from edge_sdk.store.settings import read_secret
 from edge_sdk.wire.config_rules import parse_overrides, parse_toml, template
 
@@ -211,3 +213,18 @@ def test_a_damaged_example_store_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(StorageError, match=r"e\.db refused"):
         ExampleStore(tmp_path / "e.db")
+
+
+def test_the_outbox_obeys_the_settings(tmp_path: Path) -> None:
+    text = f'[device]\nstate_dir = "{tmp_path / "state"}"\noutbox_mb = 1\n'
+    config = parse_toml(text, EdgeConfig, "edge.toml")
+
+    with EdgeDevice(config) as device:
+        device._mailbox.put("coordinator", "Scores", "a", bytes(600_000))
+        with pytest.raises(StorageError, match="cap of 1048576"):
+            device._mailbox.put("coordinator", "Scores", "b", b"b" * 600_000)
+
+    defaults = DeviceSection()
+    assert OutboxRules() == OutboxRules(
+        defaults.outbox_mb * 2**20, defaults.outbox_days * 86_400, defaults.when_full
+    )
