@@ -1,4 +1,4 @@
-"""A TCP proxy before a broker that records what a client sends, and reads MQTT out of it."""
+"""A TCP proxy before a broker that records all that passes, and reads clients' MQTT out of it."""
 
 import contextlib
 import socket
@@ -9,16 +9,26 @@ from edge_sdk.wire.transfer import Chunk, Offer, decode_frame
 
 
 class RecordingProxy:
-    """Passes every connection on to `port`; `sent` holds the client's bytes by connection."""
+    """Passes every connection on to `port`.
+
+    `sent` holds the client's bytes by connection, `received` the broker's.
+    """
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._server = socket.create_server(("127.0.0.1", 0))
-        self.port = self._server.getsockname()[1]
+        self.port: int = self._server.getsockname()[1]
         self.sent: list[bytearray] = []
+        self.received: list[bytearray] = []
         threading.Thread(target=self._serve, daemon=True).start()
 
+    @property
+    def recording(self) -> bytes:
+        """All that passed so far, in both directions; no two streams are mixed."""
+        return b"\n".join([*self.sent, *self.received])
+
     def close(self) -> None:
+        """Take no more connections."""
         self._server.close()
 
     def _serve(self) -> None:
@@ -26,16 +36,18 @@ class RecordingProxy:
             while True:
                 client, _ = self._server.accept()
                 broker = socket.create_connection(("127.0.0.1", self._target))
-                record = bytearray()
-                self.sent.append(record)
-                for pair in ((client, broker, record), (broker, client, None)):
+                self.sent.append(bytearray())
+                self.received.append(bytearray())
+                for pair in (
+                    (client, broker, self.sent[-1]),
+                    (broker, client, self.received[-1]),
+                ):
                     threading.Thread(target=self._pass, args=pair, daemon=True).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, record: bytearray | None) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, record: bytearray) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65_536):
-                if record is not None:
-                    record += data
+                record += data
                 target.sendall(data)
         for end in (source, target):
             with contextlib.suppress(OSError):

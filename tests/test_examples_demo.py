@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,47 +20,10 @@ import pytest
 
 from edge_sdk.link.broker import find_mosquitto
 from examples.demo import DATA, WORDS
+from tests.recording_proxy import RecordingProxy
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow]
 SMALL = ("--devices", "2", "--rounds", "2", "--steps", "8", "--samples", "16", "--seed", "5")
-
-
-class Recorder:
-    """A TCP proxy on loopback that keeps every byte that passes, in both directions."""
-
-    def __init__(self, to: int) -> None:
-        self._to, self._pieces = to, list[bytes]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    @property
-    def recording(self) -> bytes:
-        return b"".join(self._pieces)
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._to))
-            for here, there in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(here, there), daemon=True).start()
-
-    def _pump(self, here: socket.socket, there: socket.socket) -> None:
-        try:
-            while data := here.recv(65536):
-                self._pieces.append(data)
-                there.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for end in (here, there):
-                end.close()
 
 
 def free_port() -> int:
@@ -101,7 +63,7 @@ def recorded(folder: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
     config = folder / "mosquitto.conf"
     config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nset_tcp_nodelay true\n")
     broker = subprocess.Popen([mosquitto, "-c", str(config)], stderr=subprocess.DEVNULL)
-    recorder = Recorder(port)
+    recorder = RecordingProxy(port)
     try:
         result = demo(folder, "--broker", f"mqtt://127.0.0.1:{recorder.port}")
         yield result, recorder.recording

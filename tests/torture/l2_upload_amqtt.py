@@ -22,17 +22,9 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
         seed=seed,
         code="L2",
     )
-    verdict = measured.verdict
-    complete = verdict.ok and not verdict.waiting and not verdict.held
-    return Result(
-        code="L2",
-        title="sustained upload through amqtt",
-        value=round(measured.rate, 1),
-        unit="MB/s of accepted updates",
-        goal=">= 20 MB/s, 0 lost",
-        passed=complete and (measured.rate >= GOAL_MB_S or not full),
-        lost=len(verdict.lost),
-        doubled=len(verdict.doubled),
-        command="",
-        notes=measured.notes(),
+    return measured.result(
+        "L2",
+        "sustained upload through amqtt",
+        ">= 20 MB/s, 0 lost",
+        reached=measured.rate >= GOAL_MB_S or not full,
     )

@@ -11,8 +11,6 @@ kinds and task ids stand in the headers, in clear, and are found.
 
 import base64
 import random
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire import messages
 from edge_sdk.wire.enrolment import root_key_hash, sign_bundle
 from edge_sdk.wire.seal import Identity, PublicIdentity
+from tests.recording_proxy import RecordingProxy
 from tests.torture.result import Result, Scale, say
 
 SECRETS = {Scale.SHORT: 200, Scale.FULL: 1_000}
@@ -39,50 +38,6 @@ _WAIT_S = 60.0
 _LETTERS = "abcdefghijklmnopqrstuvwxyzäöüßéΩЖ你好"
 
 
-class Recorder:
-    """A TCP proxy on loopback that keeps every byte that passes, in both directions."""
-
-    def __init__(self, to: int) -> None:
-        self._to, self._pieces = to, list[bytes]()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._ends: list[socket.socket] = []
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    @property
-    def recording(self) -> bytes:
-        """All that passed so far."""
-        return b"".join(self._pieces)
-
-    def close(self) -> None:
-        """Take no more connections and end those there are."""
-        self._listener.close()
-        for end in self._ends:
-            end.close()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.create_connection(("127.0.0.1", self._to))
-            self._ends += [near, far]
-            for here, there in ((near, far), (far, near)):
-                threading.Thread(target=self._pump, args=(here, there), daemon=True).start()
-
-    def _pump(self, here: socket.socket, there: socket.socket) -> None:
-        try:
-            while data := here.recv(65536):
-                self._pieces.append(data)
-                there.sendall(data)
-        except OSError:
-            pass
-        finally:
-            for end in (here, there):
-                end.close()
-
-
 def run(scale: Scale, seed: int, folder: Path) -> Result:
     """Plant, exchange, and search."""
     rng = random.Random(seed)
@@ -91,7 +46,7 @@ def run(scale: Scale, seed: int, folder: Path) -> Result:
     with start_broker(
         folder / "broker", users=dict.fromkeys((COORDINATOR, *DEVICES), "pw")
     ) as broker:
-        recorder = Recorder(int(broker.url_for(COORDINATOR).rpartition(":")[2]))
+        recorder = RecordingProxy(int(broker.url_for(COORDINATOR).rpartition(":")[2]))
         try:
             sent = _exchange(secrets, rng, folder, broker.url_for, recorder.port)
         finally:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import AdapterUpdate, decode
 from edge_sdk.wire.seal import Identity, PublicIdentity
 from tests.torture.history import Did, History, Verdict, check
-from tests.torture.result import say
+from tests.torture.result import Result, say
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TENANT = "home"
@@ -67,8 +67,30 @@ class Measured:
     peak_mb: dict[str, float]
     resent: float
 
-    def notes(self) -> dict[str, object]:
-        """The figures beside the rate, for a Result."""
+    def result(
+        self,
+        code: str,
+        title: str,
+        goal: str,
+        *,
+        reached: bool,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Result:
+        """A figure that passes when its goal is `reached` and not one update went astray."""
+        verdict = self.verdict
+        return Result(
+            code=code,
+            title=title,
+            value=round(self.rate, 1),
+            unit="MB/s of accepted updates",
+            goal=goal,
+            passed=verdict.ok and not verdict.waiting and not verdict.held and reached,
+            lost=len(verdict.lost),
+            doubled=len(verdict.doubled),
+            notes={**self._figures(), **(notes or {})},
+        )
+
+    def _figures(self) -> dict[str, object]:
         return {
             "slowest_5_s": round(self.slowest, 1),
             "messages": self.messages,
