@@ -65,10 +65,10 @@ class Knobs:
     sharpness: float = 1.5
     llm_share: float = 0.3
     distil_lr: float = 2e-3
-    llm_steps: int = 12
-    llm_lr: float = 8e-3
+    llm_steps: int = 16
+    llm_lr: float = 2e-3
     llm_batch: int = 8
-    central_llm_steps: int = 32
+    central_llm_steps: int = 96
     answer_tokens: int = 14
 
 
