@@ -16,9 +16,10 @@ How the knobs were chosen. Rows and steps follow from a budget of three to four 
 seed 0, which is not reported, these were looked at on TREC, AG News and SST-2 and are the same for
 all tasks: the rounds (2, 3: the third still brought the average ten to twenty points), the devices'
 learning rate (0.001, 0.003, 0.006), the distillation's (0.001, 0.002, 0.005), its sharpness (1.5,
-3) and texts (128, 256, 384), the LLM's steps a round (10 to 32) and its learning rate (0.001, 0.002,
-0.008; at 0.008 it said one label of everything on AG News, even trained on all devices' rows), the
-steps of the centralised LLM (32, 96). The skew and the label words were not varied. The reported seeds are 1 to 5, and no knob was chosen on a test row.
+3) and texts (128, 256, 384), the LLM's steps a round (10 to 32), its learning rate (0.001, 0.002,
+0.008; at 0.008 it said one label of everything on AG News, even trained on all devices' rows) and
+its steps where it is trained centrally (32, 96). The skew and the label words were not varied. The
+reported seeds are 1 to 5, and no knob was chosen on a test row.
 
 Your own files: put them under DATA in the same form (`--data DATA --unverified`).
 """
