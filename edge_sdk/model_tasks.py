@@ -169,6 +169,7 @@ class ModelDesk:
                 threads=runtime.threads,
                 max_tokens=runtime.max_tokens,
                 task=self._task,
+                check=False,  # the store has just compared every file with its signed hash
             )
         session.set_adapter(held.adapter_path)
         # Answers still being written keep the session they began with; it goes when they end.

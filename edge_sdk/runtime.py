@@ -8,40 +8,47 @@ tokens. Right-padding uses the id -1: genai masks trailing pad ids, and -1 is no
 that really ends in the model's own pad token is not mistaken for padding.
 """
 
-import hashlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
+from edge_sdk.adapters import AdapterShelf
+from edge_sdk.answer import Answer, Strand, write_many
+from edge_sdk.bundle_files import BundleFiles
+from edge_sdk.chat_template import ChatTemplate, Messages
+from edge_sdk.conversation import Conversation
 from edge_sdk.errors import ConfigError, FleetError, RuntimeFailure
+from edge_sdk.generation import Options, Request
+from edge_sdk.labels import F32, LabelAnswers, accuracy, log_softmax, softmax
 from edge_sdk.prompts import TaskPrompts, Tokens, batches, load_tokenizer
-from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import TextTask
+
+__all__ = ["Answer", "Conversation", "SlmSession", "accuracy"]
 
 logger = logging.getLogger(__name__)
 
-F32 = npt.NDArray[np.float32]
-
 BATCH_TOKENS = 1024
-"""Padded tokens per classification batch: bounds the attention cache, which is reserved at once."""
+"""Padded tokens per batch: bounds the attention cache, which is reserved at once."""
 SPEED_TOKENS = 32
 """Tokens generated to measure speed: a tenth of a second on a 10 M model."""
 _NO_TOKEN = -1
 
 
-class SlmSession:
+class SlmSession(LabelAnswers):
     """A small language model ready to answer; also a context manager.
 
     Requests from several threads are safe. A refused request leaves the session usable.
 
     Attributes:
+        folder: the bundle's folder, `release` the name of its release ("" if it has none).
         context: most tokens of prompt and answer together.
         task: the labelled-text task the bundle was made for, if any.
         adapter: path of the adapter in use, or None.
@@ -56,41 +63,50 @@ class SlmSession:
         max_tokens: int = 64,
         task: TextTask | None = None,
         session_options: Mapping[str, object] | None = None,
+        context: int | None = None,
+        memory_mb: float | None = None,
+        check: bool = True,
     ) -> None:
         """Load the bundle in `bundle_dir`.
 
-        `threads` is ONNX Runtime's intra-op thread count (0: its own choice). `session_options` are
-        passed to it as they are, e.g. `{"enable_cpu_mem_arena": False}`.
+        `threads` is ONNX Runtime's intra-op thread count (0: its own choice), `max_tokens` what an
+        answer may have unless a request says otherwise. `session_options` are passed to ONNX
+        Runtime as they are, e.g. `{"enable_cpu_mem_arena": False}`. `context` lowers the model's
+        own limit. `memory_mb` refuses a model that would take more, one text of a full context at
+        a time. `check` compares the files with the manifest's hashes first (a second per gigabyte
+        or so); switch it off where that was done already.
 
         Raises:
-            RuntimeFailure: no bundle there, it cannot be loaded, or the infer extra is missing.
+            DigestError: a file is not the one that was exported.
+            RuntimeFailure: no bundle there, it cannot be loaded or needs more than `memory_mb`, or
+                the infer extra is missing.
         """
-        folder = Path(bundle_dir)
-        if not (folder / "genai_config.json").is_file():
-            raise RuntimeFailure(f"{folder} is not a model bundle: it has no genai_config.json")
+        files = BundleFiles.read(Path(bundle_dir))
+        self.context = _context(files, context)
+        if check:
+            files.check()
+        if memory_mb is not None:
+            files.check_memory(memory_mb, self.context)
         self._og = _genai()
         self._lock = threading.Lock()
         options: dict[str, object] = {"intra_op_num_threads": threads} if threads else {}
-        options |= dict(session_options or {})
         try:
-            config = self._og.Config(str(folder))
-            config.overlay(_overlay(options))
+            config = self._og.Config(str(files.folder))
+            config.overlay(_overlay(options | dict(session_options or {})))
             self._model: Any = self._og.Model(config)
-            self._adapters: Any = self._og.Adapters(self._model)
-            self._tokenizer = load_tokenizer(folder)
-            self._settings = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
-            self.context = int(self._settings["model"]["context_length"])
-        except (RuntimeError, ConfigError, ValueError, KeyError, OSError) as exc:
-            raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {exc}") from exc
-        manifest = _manifest(folder)
-        self.folder = folder
+            self._tokenizer = load_tokenizer(files.folder)
+            adapters = self._og.Adapters(self._model)
+        except (RuntimeError, ConfigError, ValueError, OSError) as exc:
+            raise RuntimeFailure(f"the bundle {files.folder} cannot be loaded: {exc}") from exc
+        manifest = files.manifest
+        self._shelf = AdapterShelf(adapters, manifest.adapter_slots if manifest else {})
+        self._template = ChatTemplate(files.folder)
+        self.folder, self._ends = files.folder, files.ends
         self.release = manifest.release if manifest else ""
         self.task = task or (manifest.task if manifest else None)
-        self.adapter: Path | None = None
         self.tokens_per_s = 0.0
-        self._slots = dict(manifest.adapter_slots) if manifest else {}
         self._max_tokens = max_tokens
-        self._adapter_name = ""
+        self._adapter = ""  # the name on the shelf of the one in use
         self._prompts: dict[TextTask, TaskPrompts] = {}
 
     @classmethod
@@ -107,99 +123,110 @@ class SlmSession:
     def close(self) -> None:
         """Free the model; later requests are refused. Closing twice is harmless."""
         with self._lock:
-            self._adapters = None
             self._model = None
+            self._shelf = AdapterShelf(None, {})
+            self._adapter = ""
 
     # --- text out -----------------------------------------------------------------------------
 
-    def generate(self, prompt: str, *, max_tokens: int | None = None, **search: Any) -> str:
-        """Return what follows `prompt`, at most `max_tokens` tokens, greedily by default.
-
-        `search` goes to genai's search options: `temperature=0.8, top_p=0.9, random_seed=1`.
+    def generate(self, prompt: str, **options: Unpack[Options]) -> str:
+        """Return what follows `prompt`, greedily by default; see `Options`.
 
         Raises:
-            RuntimeFailure: an empty prompt, one that fills the context, or an unknown option.
+            RuntimeFailure: an empty prompt, one that fills the context, an option that is unknown
+                or out of its range, or JSON that was cut off by a limit.
         """
-        return "".join(self.stream(prompt, max_tokens=max_tokens, **search))
+        answer = self.stream(prompt, **options)
+        for _ in answer:
+            pass
+        if options.get("schema") is not None:
+            _check_whole(answer.finish, len(answer.tokens))
+        return answer.text
 
-    def stream(self, prompt: str, *, max_tokens: int | None = None, **search: Any) -> Iterator[str]:
+    def stream(self, prompt: str, **options: Unpack[Options]) -> Answer:
         """Return an iterator over the pieces of `generate`'s answer; refusals come at once.
 
         Raises:
-            RuntimeFailure: as `generate`.
+            RuntimeFailure: as `generate`, but JSON that was cut off shows in the answer's `finish`.
         """
+        request = self.request(options)
         ids = self._prompt_ids(prompt)
-        if len(ids) >= self.context:
-            raise RuntimeFailure(
-                f"the prompt has {len(ids)} tokens and the model's context is {self.context}; "
-                f"shorten it"
+        limit = min(self.context, len(ids) + request.max_tokens)
+        generator = self.generator(request, limit=limit)
+        return self.answer(generator, request, unread=ids, prompt_tokens=len(ids))
+
+    def generate_many(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
+        """Return what follows each prompt, in order; texts of similar length are read together.
+
+        Limits of tokens are each answer's, limits of time and `cancel` all answers'.
+
+        Raises:
+            RuntimeFailure: as `generate`; nothing is answered then.
+        """
+        request = self.request(options)
+        rows = [self._prompt_ids(prompt) for prompt in prompts]
+        strands = [Strand(self._tokenizer, request.stop, self._ends) for _ in rows]
+        started = time.perf_counter()
+        for batch in batches(rows, tokens=BATCH_TOKENS):
+            width = max(len(rows[i]) for i in batch)
+            limit = min(self.context, width + request.max_tokens)
+            generator = self.generator(request, limit=limit, rows=len(batch))
+            self._read(generator, [rows[i] for i in batch])
+            write_many(
+                generator,
+                [strands[i] for i in batch],
+                request,
+                limit=limit - width,
+                started=started,
             )
-        limit = min(self.context, len(ids) + (max_tokens or self._max_tokens))
-        if "temperature" in search or "top_p" in search or "top_k" in search:
-            search.setdefault("do_sample", search.get("temperature", 1.0) > 0)
-        if not search.get("temperature", 1.0):  # genai divides by it
-            del search["temperature"]
-        generator = self._generator([ids], limit, search)
-        return self._pieces(generator, len(ids))
+        for strand in strands if request.schema else ():
+            _check_whole(strand.finish, len(strand.tokens))
+        return [strand.text for strand in strands]
 
-    def _pieces(self, generator: Any, prompt_tokens: int) -> Iterator[str]:
-        from tokenizers.decoders import DecodeStream
+    def chat_prompt(self, messages: Messages, *, answer: bool = True) -> str:
+        """Return `messages`, each with a role and content, as one prompt in the model's own form.
 
-        decoder = DecodeStream(skip_special_tokens=True)
-        started = 0.0
-        while not generator.is_done():
-            generator.generate_next_token()
-            started = started or time.perf_counter()  # after the first: prompts are another speed
-            count = generator.token_count() - prompt_tokens
-            if count > 1:
-                self.tokens_per_s = (count - 1) / max(time.perf_counter() - started, 1e-9)
-            piece = decoder.step(self._tokenizer, int(generator.get_next_tokens()[0]))
-            if piece:
-                yield piece
+        The bundle's chat template decides the form; without one it is "User: ...\\nAssistant:".
+
+        Raises:
+            RuntimeFailure: no messages, an unknown role, or a template that refuses or fails.
+        """
+        return self._template.render(messages, answer=answer)
+
+    def conversation(self, system: str = "") -> Conversation:
+        """Return a new dialogue, begun with the `system`'s words if there are any."""
+        return Conversation(self, system)
+
+    def encode(self, text: str, *, special: bool = True) -> Tokens:
+        """Return the token ids of `text`; with `special`, with those that begin a text."""
+        begin = self._template.begin
+        special = special and not (begin and text.startswith(begin))
+        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special ones left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def count(self, text: str) -> int:
+        """Return how many tokens `text` has as a prompt."""
+        return len(self.encode(text))
 
     def measure_speed(self, prompt: str = "Request: what is the time?") -> float:
         """Return tokens per second of plain generation, end tokens ignored."""
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + SPEED_TOKENS)
-        for _ in self._pieces(self._generator([ids], limit, {"min_length": limit}), len(ids)):
-            pass
+        generator = self.generator(self.request({}), limit=limit, min_length=limit)
+        self._read(generator, [ids])
+        generator.generate_next_token()  # reading a prompt has another speed
+        started, count = time.perf_counter(), 0
+        while not generator.is_done():
+            generator.generate_next_token()
+            count += 1
+        if count:
+            self.tokens_per_s = count / max(time.perf_counter() - started, 1e-9)
         return self.tokens_per_s
 
     # --- labels out ---------------------------------------------------------------------------
-
-    def classify(self, text: str, task: TextTask | None = None) -> str:
-        """Return the label of `task` (default: the bundle's) that fits `text` best.
-
-        Raises:
-            RuntimeFailure: no task, or an empty text.
-        """
-        return self.classify_many([text], task)[0]
-
-    def classify_many(self, texts: Sequence[str], task: TextTask | None = None) -> list[str]:
-        """Return the best label of each text, in order.
-
-        Raises:
-            RuntimeFailure: no task, or an empty text.
-        """
-        labels = self._task_prompts(task).task.labels
-        best = self.label_probabilities(texts, task).argmax(axis=1)
-        return [labels[i] for i in best]
-
-    def score(
-        self, texts: Sequence[str], labels: Sequence[str], task: TextTask | None = None
-    ) -> F32:
-        """Return the probability of `labels[i]` for `texts[i]`, (n,) float32 in [0, 1].
-
-        Raises:
-            RuntimeFailure: no task, or an empty text.
-            DataError: a label that is not of the task.
-        """
-        prompts = self._task_prompts(task)
-        columns = [prompts.label_index(label) for label in labels]
-        if len(columns) != len(texts):
-            raise RuntimeFailure(f"{len(texts)} texts came with {len(columns)} labels")
-        probabilities = self.label_probabilities(texts, task)
-        return probabilities[np.arange(len(texts)), columns]
 
     def label_probabilities(self, texts: Sequence[str], task: TextTask | None = None) -> F32:
         """Return each label's probability for each text, (n, labels) float32, rows sum to 1.
@@ -209,14 +236,14 @@ class SlmSession:
         Raises:
             RuntimeFailure: no task, or an empty text.
         """
-        prompts = self._task_prompts(task)
+        prompts = self._task_prompts(self._chosen(task))
         if any(not text.strip() for text in texts):
             raise RuntimeFailure("a text to classify is empty")
         rows = prompts.prompts(texts)
         found = np.zeros((len(rows), len(prompts.words)), np.float32)
         for batch in batches(rows, tokens=BATCH_TOKENS):
             scores = self._word_log_probs([rows[i] for i in batch], prompts)  # (B, labels)
-            found[batch] = _softmax(scores)
+            found[batch] = softmax(scores)
         return found
 
     def top_logits(self, prompt: str, k: int = 5) -> tuple[npt.NDArray[np.int64], F32]:
@@ -240,126 +267,182 @@ class SlmSession:
         logits: F32 = self._next_logits([list(ids)])[0]
         return logits
 
-    # --- adapter ------------------------------------------------------------------------------
+    # --- adapters -----------------------------------------------------------------------------
 
-    def set_adapter(self, path: Path | str | None) -> None:
-        """Answer with the `.onnx_adapter` file `path` from now on; None returns to the plain model.
+    @property
+    def adapter(self) -> Path | None:
+        """The file of the adapter in use, None for the plain model."""
+        return self._shelf.path(self._adapter)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the loaded adapters."""
+        return self._shelf.names
+
+    def load_adapter(self, name: str, path: Path | str) -> None:
+        """Load the `.onnx_adapter` file `path` beside those already loaded, to be used by `name`.
+
+        Raises:
+            RuntimeFailure: the name is taken, not an adapter file, or an adapter of another base.
+        """
+        with self._lock:
+            self._opened()
+            self._shelf.load(name, Path(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Free the adapter `name`.
+
+        Raises:
+            RuntimeFailure: not loaded, or in use by the session or an answer.
+        """
+        with self._lock:
+            self._opened()
+            if name == self._adapter:
+                raise RuntimeFailure(f"adapter {name!r} is in use; set_adapter another one first")
+            self._shelf.unload(name)
+
+    def set_adapter(self, name_or_path: Path | str | None) -> None:
+        """Answer with a loaded adapter, or an `.onnx_adapter` file, from now on; None: with none.
 
         The model is not loaded again; answers already begun keep their adapter.
 
         Raises:
-            RuntimeFailure: not an adapter file, or an adapter of another base; the old one stays.
+            RuntimeFailure: not an adapter, or one of another base; the old one stays.
         """
-        if path is None:
-            self.adapter, self._adapter_name = None, ""
-            return
-        path = Path(path)
-        self._check_adapter(path)
-        name = hashlib.sha256(path.read_bytes()).hexdigest()
         with self._lock:
-            adapters = self._open()[1]
+            self._opened()
+            self._adapter = "" if name_or_path is None else self._shelf.find(name_or_path)
+            self._shelf.drop_unnamed(keep=self._adapter)
+        logger.info("adapter %s in use", self._adapter[:16] or "none")
+
+    # --- the one way to the model, for Conversation too ---------------------------------------
+
+    def request(self, options: Options, *, chat: bool = False) -> Request:
+        """Return the checked request for `options`, its adapter named; in a `chat` it ends where
+        the user's next turn would begin.
+
+        Raises:
+            RuntimeFailure: the session is closed, an option unknown or out of range, no such
+                adapter, or not a JSON schema.
+        """
+        request = Request.of(options, max_tokens=self._max_tokens)
+        stops = self._template.stops if chat else ()
+        with self._lock:
+            self._opened()
+            name = self._adapter if request.adapter is None else request.adapter
+            if name:
+                self._shelf.require(name)
+        return replace(request, adapter=name, stop=request.stop + stops)
+
+    def generator(self, request: Request, *, limit: int, rows: int = 1, **search: Any) -> Any:
+        """Return a genai generator that has read nothing; `limit` counts prompt and answer.
+
+        Raises:
+            RuntimeFailure: the session is closed, or genai refuses the options or the schema.
+        """
+        search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
+        with self._lock:
+            model = self._opened()
             try:
-                if name != self._adapter_name:
-                    adapters.load(str(path), name)
-            except RuntimeError as exc:
-                if "already loaded" not in str(exc).lower():
-                    raise RuntimeFailure(f"the adapter {path} cannot be loaded: {exc}") from exc
-            self.adapter, self._adapter_name = path, name
-        logger.info("adapter %s in use", name[:8])
+                params = self._og.GeneratorParams(model)
+                params.set_search_options(**search)
+                if request.schema:
+                    params.set_guidance("json_schema", request.schema, False)
+                generator = self._og.Generator(model, params)
+                self._shelf.use(generator, request.adapter or "")
+            except (RuntimeError, TypeError) as exc:
+                raise RuntimeFailure(f"the model refused the request: {exc}") from exc
+        return generator
 
-    def _check_adapter(self, path: Path) -> None:
-        """Names and shapes must be the graph's slots: A [in, r], B [r, out]."""
-        import onnxruntime
+    def answer(
+        self,
+        generator: Any,
+        request: Request,
+        *,
+        unread: Tokens,
+        prompt_tokens: int,
+        ended: Callable[[Answer], None] | None = None,
+    ) -> Answer:
+        """Return the answer that `generator` writes once it has read the tokens `unread`."""
 
-        try:
-            values = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
-            shapes = {name: list(value.shape()) for name, value in values.items()}
-        except Exception as exc:  # onnxruntime raises its own, unexported classes
-            raise RuntimeFailure(f"{path} is not an adapter file: {exc}") from exc
-        fault = _slot_fault(shapes, self._slots)
-        if fault:
-            raise RuntimeFailure(f"{path} is an adapter of another base: {fault}")
+        def finished(answer: Answer) -> None:
+            if answer.tokens_per_s:
+                self.tokens_per_s = answer.tokens_per_s
+            if ended is not None:
+                ended(answer)
 
-    # --- the one way to the model -------------------------------------------------------------
+        strand = Strand(self._tokenizer, request.stop, self._ends)
+        limit = min(request.max_tokens, self.context - prompt_tokens)
+        return Answer(
+            generator,
+            strand,
+            request,
+            unread=unread,
+            prompt_tokens=prompt_tokens,
+            limit=limit,
+            ended=finished,
+        )
 
-    def _open(self) -> tuple[Any, Any]:
+    def _opened(self) -> Any:
         if self._model is None:
             raise RuntimeFailure("the session is closed; open it again")
-        return self._model, self._adapters
+        return self._model
 
-    def _generator(self, rows: Sequence[Tokens], limit: int, search: Mapping[str, Any]) -> Any:
-        """A generator that has read `rows`, padded on the right."""
-        with self._lock:
-            model, adapters = self._open()
-            name = self._adapter_name
+    def _read(self, generator: Any, rows: Sequence[Tokens]) -> None:
+        """Let a generator read `rows`, padded on the right."""
         width = max(map(len, rows))
         ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
         try:
-            params = self._og.GeneratorParams(model)
-            params.set_search_options(
-                **{"do_sample": False, **search, "max_length": limit, "batch_size": len(rows)}
-            )
-            generator = self._og.Generator(model, params)
-            if name:
-                generator.set_active_adapter(adapters, name)
             generator.append_tokens(ids)
         except (RuntimeError, TypeError) as exc:
             raise RuntimeFailure(f"the model refused the request: {exc}") from exc
-        return generator
 
     def _next_logits(self, rows: Sequence[Tokens]) -> F32:
         """Logits after each row, (B, vocab) float32."""
         width = max(map(len, rows))
-        if width >= self.context:
-            raise RuntimeFailure(
-                f"the prompt has {width} tokens and the model's context is {self.context}"
-            )
-        logits = self._generator(rows, width + 1, {}).get_logits()  # (B, 1, vocab)
-        return np.asarray(logits, np.float32)[:, -1]
+        self._check_room(width)
+        generator = self.generator(self.request({}), limit=width + 1, rows=len(rows))
+        self._read(generator, rows)
+        return np.asarray(generator.get_logits(), np.float32)[:, -1]  # of (B, 1, vocab)
 
     def _word_log_probs(self, rows: list[Tokens], prompts: TaskPrompts) -> F32:
         """Log-probability of every label's word after each prompt, (B, labels)."""
         if prompts.one_token_decides:
             firsts = [word[0] for word in prompts.words]
-            return _log_softmax(self._next_logits(rows))[:, firsts]
+            return log_softmax(self._next_logits(rows))[:, firsts]
         scores = np.zeros((len(rows), len(prompts.words)), np.float32)
         for i, row in enumerate(rows):
             for j, word in enumerate(prompts.words):
                 starts = [row + word[:t] for t in range(len(word))]
-                logs = _log_softmax(self._next_logits(starts))  # (len(word), vocab)
+                logs = log_softmax(self._next_logits(starts))  # (len(word), vocab)
                 scores[i, j] = logs[np.arange(len(word)), word].sum()
         return scores
 
     def _prompt_ids(self, prompt: str) -> Tokens:
         if not prompt.strip():
-            raise RuntimeFailure("the prompt is empty")
-        ids: Tokens = list(self._tokenizer.encode(prompt).ids)
+            raise RuntimeFailure("the prompt is empty; write at least a word")
+        ids = self.encode(prompt)
         if not ids:
             raise RuntimeFailure("the prompt has no tokens this model knows")
+        self._check_room(len(ids))
         return ids
 
-    def _task_prompts(self, task: TextTask | None) -> TaskPrompts:
-        chosen = task or self.task
-        if chosen is None:
-            raise RuntimeFailure("this bundle was made for no task; pass one with task=")
-        if chosen not in self._prompts:
+    def _check_room(self, tokens: int) -> None:
+        if tokens >= self.context:
+            raise RuntimeFailure(
+                f"the prompt has {tokens} tokens and the model's context is {self.context}; "
+                f"shorten it to at most {self.context - 1}"
+            )
+
+    def _task_prompts(self, task: TextTask) -> TaskPrompts:
+        if task not in self._prompts:
             try:
-                self._prompts[chosen] = TaskPrompts(
-                    chosen, self._tokenizer, max_tokens=self.context
-                )
+                self._prompts[task] = TaskPrompts(task, self._tokenizer, max_tokens=self.context)
             except FleetError as exc:
                 raise RuntimeFailure(str(exc)) from exc
-        return self._prompts[chosen]
-
-
-def accuracy(session: SlmSession, texts: Sequence[str], labels: Sequence[str]) -> float:
-    """Return the share of texts that `session` labels right; 0.0 of no texts."""
-    if not texts:
-        return 0.0
-    found = session.classify_many(texts)
-    return sum(a == b for a, b in zip(found, labels, strict=True)) / len(texts)
+        return self._prompts[task]
 
 
 def _genai() -> Any:
@@ -384,39 +467,20 @@ def _overlay(session_options: Mapping[str, object]) -> str:
     return json.dumps(options)
 
 
-def _manifest(folder: Path) -> ReleaseManifest | None:
-    """The bundle's own description; a plain genai folder has none and serves as well."""
-    try:
-        return decode_manifest((folder / MANIFEST_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, FleetError) as exc:
-        raise RuntimeFailure(f"{folder / MANIFEST_FILE} cannot be read: {exc}") from exc
+def _context(files: BundleFiles, wanted: int | None) -> int:
+    if wanted is None:
+        return files.context
+    if not 2 <= wanted <= files.context:
+        raise RuntimeFailure(
+            f"context is {wanted}; the model {files.folder} allows 2 to {files.context} tokens"
+        )
+    return wanted
 
 
-def _slot_fault(shapes: Mapping[str, list[int]], slots: Mapping[str, tuple[int, int]]) -> str:
-    for name, shape in shapes.items():
-        slot, _, half = name.rpartition(".")
-        if slots and (slot not in slots or half not in ("lora_A", "lora_B")):
-            return f"it has no slot {name}"
-        if len(shape) != 2:
-            return f"{name} has shape {shape}"
-        if not slots:
-            continue
-        out_features, in_features = slots[slot]
-        wanted = in_features if half == "lora_A" else out_features
-        if (shape[0] if half == "lora_A" else shape[1]) != wanted:
-            return f"{name} has shape {shape}, the slot has {out_features} out, {in_features} in"
-    return ""
-
-
-def _log_softmax(logits: F32) -> F32:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logs: F32 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return logs
-
-
-def _softmax(scores: F32) -> F32:
-    powers = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    shares: F32 = powers / powers.sum(axis=-1, keepdims=True)
-    return shares
+def _check_whole(finish: str, tokens: int) -> None:
+    """JSON that was cut off is no JSON."""
+    if finish != "stop":
+        raise RuntimeFailure(
+            f"the JSON was cut off after {tokens} tokens ({finish}); allow more with max_tokens or "
+            "time_s, or bound the schema's texts and lists"
+        )

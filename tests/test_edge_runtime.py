@@ -80,7 +80,7 @@ def test_sampling_follows_its_seed(session: SlmSession) -> None:
     options = {"temperature": 1.5, "max_tokens": 12}
 
     one, again, other = (
-        session.generate("Request: hello", random_seed=seed, **options) for seed in (1, 1, 2)
+        session.generate("Request: hello", seed=seed, **options) for seed in (1, 1, 2)
     )
 
     assert one == again != other
@@ -134,7 +134,7 @@ def test_refusals_leave_the_session_usable(session: SlmSession) -> None:
         (lambda: session.generate(""), "prompt is empty"),
         (lambda: session.generate("x" * 500), "500 tokens and the model's context is 128"),
         (lambda: session.stream(" "), "prompt is empty"),
-        (lambda: session.generate("x", nonsense=1), "nonsense"),
+        (lambda: session.generate("x", nonsense=1), "unknown option 'nonsense'; known are adapter"),
         (lambda: session.classify(" "), "is empty"),
         (lambda: session.score(["a"], []), "1 texts came with 0 labels"),
     ]
