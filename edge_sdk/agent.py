@@ -262,6 +262,16 @@ class EdgeDevice:
                 raise RuntimeFailure("no model has arrived yet; run the device to receive one")
             return desk.session
 
+    def refresh(self) -> "SlmSession":
+        """Return the model that runs now, also where another process of this device changed it.
+
+        Raises:
+            RuntimeFailure: the device has received none yet.
+        """
+        with self._opening:
+            self._desked().open_current()
+        return self.session
+
     # --- mail ---------------------------------------------------------------------------------
 
     def step(self, timeout_s: float = 0.0) -> int:
