@@ -166,7 +166,9 @@ class Answer(Iterator[str]):
             self._strand.end("cancelled")
             self._ended(self)
 
-    def _write(self, generator: Any, request: Request, unread: Tokens, limit: int) -> Iterator[str]:
+    def _write(
+        self, generator: Any, request: Request, unread: Tokens, limit: int
+    ) -> Generator[str, None, None]:
         strand = self._strand
         for at in range(0, len(unread), READ_TOKENS):
             if stopped := _stopped(request, self._started):

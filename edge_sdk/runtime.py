@@ -4,13 +4,9 @@ Knows a bundle folder and onnxruntime-genai. Does not know where bundles come fr
 be trusted (models.py decides that before), messages, or any network.
 
 A prompt is read by the `tokenizers` library, the one that training uses, so that both see the same
-tokens. Right-padding uses the id -1: genai masks trailing pad ids, and -1 is no token, so a text
-that really ends in the model's own pad token is not mistaken for padding.
+tokens. What a request may ask is in generation.py, how text is written in answer.py.
 """
 
-import json
-import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,29 +16,26 @@ from typing import Any, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.adapters import AdapterShelf
+from edge_sdk.adapter_use import AdapterUse
 from edge_sdk.answer import Answer, Strand, write_many
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.chat_template import ChatTemplate, Messages
 from edge_sdk.conversation import Conversation
-from edge_sdk.errors import ConfigError, FleetError, RuntimeFailure
+from edge_sdk.errors import ConfigError, RuntimeFailure
+from edge_sdk.genai_model import GenaiModel, logits, read
 from edge_sdk.generation import Options, Request
-from edge_sdk.labels import F32, LabelAnswers, accuracy, log_softmax, softmax
-from edge_sdk.prompts import TaskPrompts, Tokens, batches, load_tokenizer
+from edge_sdk.labels import F32, accuracy
+from edge_sdk.prompts import Tokens, batches, load_tokenizer
 from edge_sdk.wire.messages import TextTask
+from edge_sdk.word_labels import BATCH_TOKENS, WordLabels
 
 __all__ = ["Answer", "Conversation", "SlmSession", "accuracy"]
 
-logger = logging.getLogger(__name__)
-
-BATCH_TOKENS = 1024
-"""Padded tokens per batch: bounds the attention cache, which is reserved at once."""
 SPEED_TOKENS = 32
 """Tokens generated to measure speed: a tenth of a second on a 10 M model."""
-_NO_TOKEN = -1
 
 
-class SlmSession(LabelAnswers):
+class SlmSession(WordLabels, AdapterUse):
     """A small language model ready to answer; also a context manager.
 
     Requests from several threads are safe. A refused request leaves the session usable.
@@ -82,32 +75,28 @@ class SlmSession(LabelAnswers):
                 the infer extra is missing.
         """
         files = BundleFiles.read(Path(bundle_dir))
-        self.context = _context(files, context)
+        limit = _context(files, context)
         if check:
             files.check()
         if memory_mb is not None:
-            files.check_memory(memory_mb, self.context)
-        self._og = _genai()
-        self._lock = threading.Lock()
-        options: dict[str, object] = {"intra_op_num_threads": threads} if threads else {}
+            files.check_memory(memory_mb, limit)
+        own: dict[str, object] = {"intra_op_num_threads": threads} if threads else {}
+        manifest, own = files.manifest, own | dict(session_options or {})
+        slots = manifest.adapter_slots if manifest else {}
         try:
-            config = self._og.Config(str(files.folder))
-            config.overlay(_overlay(options | dict(session_options or {})))
-            self._model: Any = self._og.Model(config)
-            self._tokenizer = load_tokenizer(files.folder)
-            adapters = self._og.Adapters(self._model)
-        except (RuntimeError, ConfigError, ValueError, OSError) as exc:
+            tokenizer = load_tokenizer(files.folder)
+        except ConfigError as exc:
             raise RuntimeFailure(f"the bundle {files.folder} cannot be loaded: {exc}") from exc
-        manifest = files.manifest
-        self._shelf = AdapterShelf(adapters, manifest.adapter_slots if manifest else {})
+        self._model = GenaiModel(files.folder, slots, session_options=own)
+        WordLabels.__init__(
+            self, task or (manifest.task if manifest else None), tokenizer, context=limit
+        )
+        AdapterUse.__init__(self, self._model)
         self._template = ChatTemplate(files.folder)
         self.folder, self._ends = files.folder, files.ends
         self.release = manifest.release if manifest else ""
-        self.task = task or (manifest.task if manifest else None)
         self.tokens_per_s = 0.0
         self._max_tokens = max_tokens
-        self._adapter = ""  # the name on the shelf of the one in use
-        self._prompts: dict[TextTask, TaskPrompts] = {}
 
     @classmethod
     def open(cls, bundle_dir: Path | str, **options: Any) -> "SlmSession":
@@ -122,10 +111,7 @@ class SlmSession(LabelAnswers):
 
     def close(self) -> None:
         """Free the model; later requests are refused. Closing twice is harmless."""
-        with self._lock:
-            self._model = None
-            self._shelf = AdapterShelf(None, {})
-            self._adapter = ""
+        self._model.close()
 
     # --- text out -----------------------------------------------------------------------------
 
@@ -170,8 +156,8 @@ class SlmSession(LabelAnswers):
         for batch in batches(rows, tokens=BATCH_TOKENS):
             width = max(len(rows[i]) for i in batch)
             limit = min(self.context, width + request.max_tokens)
-            generator = self.generator(request, limit=limit, rows=len(batch))
-            self._read(generator, [rows[i] for i in batch])
+            generator = self._model.generator(request, limit=limit, rows=len(batch))
+            read(generator, [rows[i] for i in batch])
             write_many(
                 generator,
                 [strands[i] for i in batch],
@@ -215,8 +201,8 @@ class SlmSession(LabelAnswers):
         """Return tokens per second of plain generation, end tokens ignored."""
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + SPEED_TOKENS)
-        generator = self.generator(self.request({}), limit=limit, min_length=limit)
-        self._read(generator, [ids])
+        generator = self._model.generator(self.request({}), limit=limit, min_length=limit)
+        read(generator, [ids])
         generator.generate_next_token()  # reading a prompt has another speed
         started, count = time.perf_counter(), 0
         while not generator.is_done():
@@ -228,33 +214,15 @@ class SlmSession(LabelAnswers):
 
     # --- labels out ---------------------------------------------------------------------------
 
-    def label_probabilities(self, texts: Sequence[str], task: TextTask | None = None) -> F32:
-        """Return each label's probability for each text, (n, labels) float32, rows sum to 1.
-
-        A text too long for the context is cut at its end.
-
-        Raises:
-            RuntimeFailure: no task, or an empty text.
-        """
-        prompts = self._task_prompts(self._chosen(task))
-        if any(not text.strip() for text in texts):
-            raise RuntimeFailure("a text to classify is empty")
-        rows = prompts.prompts(texts)
-        found = np.zeros((len(rows), len(prompts.words)), np.float32)
-        for batch in batches(rows, tokens=BATCH_TOKENS):
-            scores = self._word_log_probs([rows[i] for i in batch], prompts)  # (B, labels)
-            found[batch] = softmax(scores)
-        return found
-
     def top_logits(self, prompt: str, k: int = 5) -> tuple[npt.NDArray[np.int64], F32]:
         """Return the `k` most likely next token ids and their logits, best first.
 
         Raises:
             RuntimeFailure: an empty prompt, or one that fills the context.
         """
-        logits = self._next_logits([self._prompt_ids(prompt)])[0]  # (vocab,)
-        best = np.argsort(logits)[::-1][:k]
-        return best, logits[best]
+        found = self._next_logits([self._prompt_ids(prompt)])[0]  # (vocab,)
+        best = np.argsort(found)[::-1][:k]
+        return best, found[best]
 
     def next_logits(self, ids: Sequence[int]) -> F32:
         """Return the logits after the token ids `ids`, (vocab,) float32.
@@ -264,56 +232,8 @@ class SlmSession(LabelAnswers):
         """
         if not ids:
             raise RuntimeFailure("there are no tokens to continue")
-        logits: F32 = self._next_logits([list(ids)])[0]
-        return logits
-
-    # --- adapters -----------------------------------------------------------------------------
-
-    @property
-    def adapter(self) -> Path | None:
-        """The file of the adapter in use, None for the plain model."""
-        return self._shelf.path(self._adapter)
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the loaded adapters."""
-        return self._shelf.names
-
-    def load_adapter(self, name: str, path: Path | str) -> None:
-        """Load the `.onnx_adapter` file `path` beside those already loaded, to be used by `name`.
-
-        Raises:
-            RuntimeFailure: the name is taken, not an adapter file, or an adapter of another base.
-        """
-        with self._lock:
-            self._opened()
-            self._shelf.load(name, Path(path))
-
-    def unload_adapter(self, name: str) -> None:
-        """Free the adapter `name`.
-
-        Raises:
-            RuntimeFailure: not loaded, or in use by the session or an answer.
-        """
-        with self._lock:
-            self._opened()
-            if name == self._adapter:
-                raise RuntimeFailure(f"adapter {name!r} is in use; set_adapter another one first")
-            self._shelf.unload(name)
-
-    def set_adapter(self, name_or_path: Path | str | None) -> None:
-        """Answer with a loaded adapter, or an `.onnx_adapter` file, from now on; None: with none.
-
-        The model is not loaded again; answers already begun keep their adapter.
-
-        Raises:
-            RuntimeFailure: not an adapter, or one of another base; the old one stays.
-        """
-        with self._lock:
-            self._opened()
-            self._adapter = "" if name_or_path is None else self._shelf.find(name_or_path)
-            self._shelf.drop_unnamed(keep=self._adapter)
-        logger.info("adapter %s in use", self._adapter[:16] or "none")
+        found: F32 = self._next_logits([list(ids)])[0]
+        return found
 
     # --- the one way to the model, for Conversation too ---------------------------------------
 
@@ -327,32 +247,16 @@ class SlmSession(LabelAnswers):
         """
         request = Request.of(options, max_tokens=self._max_tokens)
         stops = self._template.stops if chat else ()
-        with self._lock:
-            self._opened()
-            name = self._adapter if request.adapter is None else request.adapter
-            if name:
-                self._shelf.require(name)
+        name = self._adapter_of(request.adapter)
         return replace(request, adapter=name, stop=request.stop + stops)
 
-    def generator(self, request: Request, *, limit: int, rows: int = 1, **search: Any) -> Any:
+    def generator(self, request: Request, *, limit: int) -> Any:
         """Return a genai generator that has read nothing; `limit` counts prompt and answer.
 
         Raises:
             RuntimeFailure: the session is closed, or genai refuses the options or the schema.
         """
-        search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
-        with self._lock:
-            model = self._opened()
-            try:
-                params = self._og.GeneratorParams(model)
-                params.set_search_options(**search)
-                if request.schema:
-                    params.set_guidance("json_schema", request.schema, False)
-                generator = self._og.Generator(model, params)
-                self._shelf.use(generator, request.adapter or "")
-            except (RuntimeError, TypeError) as exc:
-                raise RuntimeFailure(f"the model refused the request: {exc}") from exc
-        return generator
+        return self._model.generator(request, limit=limit)
 
     def answer(
         self,
@@ -383,42 +287,13 @@ class SlmSession(LabelAnswers):
             ended=finished,
         )
 
-    def _opened(self) -> Any:
-        if self._model is None:
-            raise RuntimeFailure("the session is closed; open it again")
-        return self._model
-
-    def _read(self, generator: Any, rows: Sequence[Tokens]) -> None:
-        """Let a generator read `rows`, padded on the right."""
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        try:
-            generator.append_tokens(ids)
-        except (RuntimeError, TypeError) as exc:
-            raise RuntimeFailure(f"the model refused the request: {exc}") from exc
-
     def _next_logits(self, rows: Sequence[Tokens]) -> F32:
         """Logits after each row, (B, vocab) float32."""
         width = max(map(len, rows))
         self._check_room(width)
-        generator = self.generator(self.request({}), limit=width + 1, rows=len(rows))
-        self._read(generator, rows)
-        return np.asarray(generator.get_logits(), np.float32)[:, -1]  # of (B, 1, vocab)
-
-    def _word_log_probs(self, rows: list[Tokens], prompts: TaskPrompts) -> F32:
-        """Log-probability of every label's word after each prompt, (B, labels)."""
-        if prompts.one_token_decides:
-            firsts = [word[0] for word in prompts.words]
-            return log_softmax(self._next_logits(rows))[:, firsts]
-        scores = np.zeros((len(rows), len(prompts.words)), np.float32)
-        for i, row in enumerate(rows):
-            for j, word in enumerate(prompts.words):
-                starts = [row + word[:t] for t in range(len(word))]
-                logs = log_softmax(self._next_logits(starts))  # (len(word), vocab)
-                scores[i, j] = logs[np.arange(len(word)), word].sum()
-        return scores
+        generator = self._model.generator(self.request({}), limit=width + 1, rows=len(rows))
+        read(generator, rows)
+        return logits(generator)
 
     def _prompt_ids(self, prompt: str) -> Tokens:
         if not prompt.strip():
@@ -435,36 +310,6 @@ class SlmSession(LabelAnswers):
                 f"the prompt has {tokens} tokens and the model's context is {self.context}; "
                 f"shorten it to at most {self.context - 1}"
             )
-
-    def _task_prompts(self, task: TextTask) -> TaskPrompts:
-        if task not in self._prompts:
-            try:
-                self._prompts[task] = TaskPrompts(task, self._tokenizer, max_tokens=self.context)
-            except FleetError as exc:
-                raise RuntimeFailure(str(exc)) from exc
-        return self._prompts[task]
-
-
-def _genai() -> Any:
-    try:
-        import onnxruntime
-        import onnxruntime_genai
-    except ImportError as exc:
-        raise RuntimeFailure(
-            f"running a model needs the infer extra: pip install 'symbiont[infer]' ({exc})"
-        ) from exc
-    # The second line of defence: ORT_DISABLE_TELEMETRY is set in edge_sdk/__init__.py, but an
-    # application may have loaded the runtime before us.
-    onnxruntime.disable_telemetry_events()
-    onnxruntime_genai.disable_telemetry_events()
-    return onnxruntime_genai
-
-
-def _overlay(session_options: Mapping[str, object]) -> str:
-    options = {
-        "model": {"pad_token_id": _NO_TOKEN, "decoder": {"session_options": session_options}}
-    }
-    return json.dumps(options)
 
 
 def _context(files: BundleFiles, wanted: int | None) -> int:

@@ -1,0 +1,133 @@
+"""One loaded model of onnxruntime-genai, and the adapters beside it.
+
+Knows genai's calls and their dangers. Does not know text: it takes and gives token ids.
+
+- Right-padding uses the id -1: genai masks trailing pad ids, and -1 is no token, so a text that
+  really ends in the model's own pad token is not mistaken for padding.
+- After `generate_next_token`, genai 0.18 appends further tokens at the wrong place (logits differ
+  by several units). `rewind_to` a place before the picked token and appending it again is exact.
+"""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.adapters import AdapterShelf, Slots
+from edge_sdk.errors import RuntimeFailure
+from edge_sdk.generation import Request
+from edge_sdk.labels import F32
+from edge_sdk.prompts import Tokens
+
+_NO_TOKEN = -1
+
+
+class GenaiModel:
+    """A model in memory; its methods may be called from several threads."""
+
+    def __init__(
+        self, folder: Path, slots: Slots, *, session_options: Mapping[str, object]
+    ) -> None:
+        """Load the bundle in `folder`; `session_options` are ONNX Runtime's.
+
+        Raises:
+            RuntimeFailure: it cannot be loaded, or the infer extra is missing.
+        """
+        self._og = import_genai()
+        self._lock = threading.Lock()
+        settings = {"pad_token_id": _NO_TOKEN, "decoder": {"session_options": session_options}}
+        try:
+            config = self._og.Config(str(folder))
+            config.overlay(json.dumps({"model": settings}))
+            self._model: Any = self._og.Model(config)
+            self._shelf = AdapterShelf(self._og.Adapters(self._model), slots)
+        except (RuntimeError, TypeError, ValueError) as exc:
+            raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {exc}") from exc
+
+    def close(self) -> None:
+        """Free the model; later requests are refused. Closing twice is harmless."""
+        with self._lock:
+            self._model = None
+            self._shelf = AdapterShelf(None, {})
+
+    @contextmanager
+    def shelf(self) -> Iterator[AdapterShelf]:
+        """The adapters, for one caller at a time.
+
+        Raises:
+            RuntimeFailure: the model is closed.
+        """
+        with self._lock:
+            self._opened()
+            yield self._shelf
+
+    def generator(self, request: Request, *, limit: int, rows: int = 1, **search: Any) -> Any:
+        """Return a generator that has read nothing; `limit` counts prompt and answer.
+
+        Raises:
+            RuntimeFailure: the model is closed, there is no such adapter, or genai refuses the
+                options or the schema.
+        """
+        search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
+        with self._lock:
+            model = self._opened()
+            try:
+                params = self._og.GeneratorParams(model)
+                params.set_search_options(**search)
+                if request.schema:
+                    params.set_guidance("json_schema", request.schema, False)
+                generator = self._og.Generator(model, params)
+                self._shelf.use(generator, request.adapter or "")
+            except (RuntimeError, TypeError) as exc:
+                raise RuntimeFailure(f"the model refused the request: {exc}") from exc
+        return generator
+
+    def _opened(self) -> Any:
+        if self._model is None:
+            raise RuntimeFailure("the session is closed; open it again")
+        return self._model
+
+
+def read(generator: Any, rows: Sequence[Tokens]) -> None:
+    """Let a generator read its prompts, padded on the right.
+
+    Raises:
+        RuntimeFailure: genai refuses.
+    """
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    try:
+        generator.append_tokens(ids)
+    except (RuntimeError, TypeError) as exc:
+        raise RuntimeFailure(f"the model refused the request: {exc}") from exc
+
+
+def logits(generator: Any) -> F32:
+    """Return what `generator` expects after what it has read, (B, vocab) float32."""
+    return np.asarray(generator.get_logits(), np.float32)[:, -1]  # of (B, 1, vocab)
+
+
+def import_genai() -> Any:
+    """Return the package onnxruntime_genai with every report to its maker switched off.
+
+    Raises:
+        RuntimeFailure: the infer extra is missing.
+    """
+    try:
+        import onnxruntime
+        import onnxruntime_genai
+    except ImportError as exc:
+        raise RuntimeFailure(
+            f"running a model needs the infer extra: pip install 'symbiont[infer]' ({exc})"
+        ) from exc
+    # The second line of defence: ORT_DISABLE_TELEMETRY is set in edge_sdk/__init__.py, but an
+    # application may have loaded the runtime before us.
+    onnxruntime.disable_telemetry_events()
+    onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
