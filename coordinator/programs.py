@@ -49,7 +49,7 @@ class Ask:
             a transfer that advances starts them anew.
         check: called on every reply before it counts.
         max_staleness: oldest late reply to deliver, in commits since it was asked; 0 for tasks
-            whose replies fit only this Ask. None: 0, but LATE_STEPS for TrainAdapter.
+            whose replies fit only this Ask. None: 0, but LATE_STEPS for TrainAdapter and TopLogits.
     """
 
     task: AnyMessage | TaskFor
@@ -65,7 +65,7 @@ class Ask:
 
 
 LATE_STEPS = 8
-"""An adapter update is delivered up to this many commits late; older ones teach an old model."""
+"""Updates and rows are delivered up to this many commits late; older ones teach an old model."""
 
 
 @dataclass(frozen=True, slots=True)

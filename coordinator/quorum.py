@@ -23,7 +23,7 @@ Taken = list[tuple[Waiting, int]]
 
 def late_limit(kind: str) -> int:
     """Return how many commits late a reply to a task of this kind may be, unless the Ask says."""
-    return LATE_STEPS if kind == "TrainAdapter" else 0
+    return LATE_STEPS if kind in {"TrainAdapter", "TopLogits"} else 0
 
 
 class Quorum:

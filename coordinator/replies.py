@@ -27,16 +27,19 @@ from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.wire.messages import (
     AdapterUpdate,
     AnyMessage,
+    LogitRows,
     ModelReport,
     OfferModel,
     Score,
     Scores,
+    TopLogits,
     TrainAdapter,
 )
 
 MOST_BYTES = {
     "AdapterUpdate": 256 * 1024**2,
     "Scores": 8 * 1024**2,
+    "LogitRows": 256 * 1024**2,
     "WantFiles": 1024**2,
     "Refused": 256 * 1024,
 }
@@ -47,8 +50,16 @@ MOST_STAGES = 32
 """A reply times at most this many stages, each named in at most STAGE_CHARS."""
 STAGE_CHARS = 32
 
-EXPECTED = {"TrainAdapter": "AdapterUpdate", "Score": "Scores", "OfferModel": "ModelReport"}
+EXPECTED = {
+    "TrainAdapter": "AdapterUpdate",
+    "Score": "Scores",
+    "TopLogits": "LogitRows",
+    "OfferModel": "ModelReport",
+}
 """The reply to each task; a task not named here has none."""
+
+
+_RELEASED = (TrainAdapter, TopLogits, OfferModel)
 
 
 class Expected(Struct, frozen=True):
@@ -64,8 +75,8 @@ class Expected(Struct, frozen=True):
         """Return what the reply to `task` must say."""
         return cls(
             kind=EXPECTED.get(type(task).__name__),
-            release=task.release if isinstance(task, TrainAdapter | OfferModel) else None,
-            round=task.round if isinstance(task, TrainAdapter) else None,
+            release=task.release if isinstance(task, _RELEASED) else None,
+            round=task.round if isinstance(task, TrainAdapter | TopLogits) else None,
             count=len(task.texts) if isinstance(task, Score) else None,
         )
 
@@ -89,9 +100,10 @@ def check_reply(reply: AnyMessage, expected: Expected) -> None:
     kind = type(reply).__name__
     if kind != expected.kind:
         raise RemoteProtocolError(f"a {kind} where {expected.kind or 'nothing'} was asked")
-    if isinstance(reply, AdapterUpdate | ModelReport) and reply.release != expected.release:
+    told = (AdapterUpdate, ModelReport, LogitRows)
+    if isinstance(reply, told) and reply.release != expected.release:
         raise RemoteProtocolError(f"about release {reply.release}, asked was {expected.release}")
-    if isinstance(reply, AdapterUpdate) and reply.round != expected.round:
+    if isinstance(reply, AdapterUpdate | LogitRows) and reply.round != expected.round:
         raise RemoteProtocolError(f"of round {reply.round}, asked was round {expected.round}")
     if isinstance(reply, Scores) and len(reply.scores) != expected.count:
         raise RemoteProtocolError(f"{len(reply.scores)} scores for {expected.count} texts")
@@ -117,6 +129,8 @@ def figures(message: AnyMessage) -> dict[str, object]:
             shown[name] = round(getattr(message, name), 2)
     if hasattr(message, "codes"):
         shown["sent_bytes"] = len(message.codes)
+    if isinstance(message, LogitRows):
+        shown["sent_bytes"] = len(message.truth) + len(message.ids) + len(message.logps)
     return shown
 
 
@@ -125,6 +139,8 @@ def _numbers(reply: AnyMessage) -> list[float]:
         return list(reply.scores)
     if isinstance(reply, AdapterUpdate):
         return [reply.cosine, reply.peak_mb, *reply.seconds.values()]
+    if isinstance(reply, LogitRows):
+        return [reply.peak_mb, *reply.seconds.values()]
     if isinstance(reply, ModelReport):
         return [reply.accuracy, reply.tokens_per_s, reply.peak_mb, *reply.seconds.values()]
     return []

@@ -15,6 +15,7 @@ from edge_sdk.wire.messages import (
     AdapterUpdate,
     AnyMessage,
     Enrol,
+    LogitRows,
     ModelReport,
     Refused,
     RenewKeys,
@@ -23,7 +24,16 @@ from edge_sdk.wire.messages import (
     decode,
 )
 
-DEVICE_KINDS = (Enrol, RenewKeys, WantFiles, ModelReport, AdapterUpdate, Scores, Refused)
+DEVICE_KINDS = (
+    Enrol,
+    RenewKeys,
+    WantFiles,
+    ModelReport,
+    AdapterUpdate,
+    Scores,
+    LogitRows,
+    Refused,
+)
 """Every message a device sends; there is no other way out of this process."""
 
 MEANINGS = {
@@ -38,9 +48,13 @@ MEANINGS = {
     "families": "model families this device accepts",
     "hybrid_key": "public key for the second suite, where it is used",
     "identity_key": "public key that this device signs with",
+    "ids": "the tokens this device's model finds likeliest at each place of public texts",
+    "kept": "how many tokens a place, from the task",
+    "logps": "how likely it finds them, a little of what it was trained on included",
     "memory_mb": "memory allowed for training, from the settings",
     "paths": "names of model files this device lacks",
     "peak_mb": "most memory this process used",
+    "places": "digest of the public texts' tokens",
     "raw_bytes": "size of the change before encoding",
     "reason": "why a task was refused, in one sentence without texts or paths",
     "receive_key": "public key that messages to this device are sealed to",
@@ -53,6 +67,7 @@ MEANINGS = {
     "statement": "this device's name and its next public keys",
     "task_id": "name of the task, from the coordinator",
     "token_id": "name of the enrolment code",
+    "truth": "how likely it finds the token that really follows in the public texts",
     "tokens_per_s": "speed of the model on this device",
 }
 """What each field says. A field that is not here must not be sent (tests/test_edge_leaving.py)."""

@@ -6,7 +6,7 @@ from edge_sdk import leaving
 from edge_sdk.wire import messages
 
 FROM_THE_COORDINATOR = {
-    "TrainAdapter", "Score", "OfferModel", "OfferData", "File", "Enrolled", "Renewed",
+    "TrainAdapter", "Score", "TopLogits", "OfferModel", "OfferData", "File", "Enrolled", "Renewed",
 }  # fmt: skip
 
 

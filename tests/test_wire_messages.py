@@ -31,6 +31,8 @@ SAMPLES = [
     messages.OfferData("t", 3, ("text",), ("label",), (0.5,)),
     messages.AdapterUpdate("t", 1, "r-1", "codec", b"codes", 40, 4000, 0.9, {"train": 1.0}, 100.0),
     Scores("t", (0.0, 1.0)),
+    messages.TopLogits("t", 1, "chat", "r-1", ("a text",), ("x",), 16),
+    messages.LogitRows("t", 1, "r-1", bytes(32), 1, bytes(4), bytes(2), bytes(2), {}, 100.0),
     messages.WantFiles("t", ("a", "b")),
     File("t", "a", b"data"),
     messages.ModelReport("t", "r-1", 0.75, 20, 33.0, 100.0, {}),

@@ -101,6 +101,23 @@ class Score(Message, frozen=True):
     labels: Words
 
 
+class TopLogits(Message, frozen=True):
+    """Say what the adapter you trained in `round` finds likeliest on public texts; reply LogitRows.
+
+    `labels[i]` belongs to `texts[i]`; the label's word is to be predicted, or with `whole` the text
+    too. `kept` is k, the entries of a row.
+    """
+
+    task_id: Name
+    round: Count
+    family: Name
+    release: Name
+    texts: Texts
+    labels: Words
+    kept: Annotated[int, Meta(ge=1, le=128)]
+    whole: bool = False
+
+
 class OfferModel(Message, frozen=True):
     """A release exists: fetch what you lack, verify, swap, measure; reply ModelReport.
 
@@ -147,6 +164,26 @@ class Scores(Message, frozen=True):
 
     task_id: Name
     scores: Units
+
+
+class LogitRows(Message, frozen=True):
+    """The likeliest tokens at every place of the TopLogits task's texts; carries no example.
+
+    `places` is the digest of the tokens to be predicted. `truth` are their log-probabilities
+    (float32), `ids` (uint16, or uint32 of a vocabulary above 65,536) and `logps` (float16) those of
+    the `kept` likeliest, row by row, all little-endian (`edge_sdk/algorithms/logit_rows.py`).
+    """
+
+    task_id: Name
+    round: Count
+    release: Name
+    places: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    kept: Annotated[int, Meta(ge=1, le=128)]
+    truth: bytes
+    ids: bytes
+    logps: bytes
+    seconds: Stages
+    peak_mb: float
 
 
 class WantFiles(Message, frozen=True):
@@ -240,10 +277,12 @@ class Renewed(Message, frozen=True):
 AnyMessage = (
     TrainAdapter
     | Score
+    | TopLogits
     | OfferModel
     | OfferData
     | AdapterUpdate
     | Scores
+    | LogitRows
     | WantFiles
     | File
     | ModelReport

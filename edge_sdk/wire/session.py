@@ -38,6 +38,7 @@ class State(StrEnum):
     RENEWING = "renewing"
     TRAINING = "training"
     SCORING = "scoring"
+    TELLING = "telling"
     OFFERING = "offering"
     FETCHING = "fetching"
     CLOSED = "closed"
@@ -51,6 +52,7 @@ LEGAL: Moves = {
         Role.COORDINATOR: {
             messages.TrainAdapter: State.TRAINING,
             messages.Score: State.SCORING,
+            messages.TopLogits: State.TELLING,
             messages.OfferModel: State.OFFERING,
             messages.OfferData: State.CLOSED,  # nothing to answer: Done says it arrived
         },
@@ -61,6 +63,9 @@ LEGAL: Moves = {
         Role.DEVICE: {messages.AdapterUpdate: State.CLOSED, messages.Refused: State.CLOSED}
     },
     State.SCORING: {Role.DEVICE: {messages.Scores: State.CLOSED, messages.Refused: State.CLOSED}},
+    State.TELLING: {
+        Role.DEVICE: {messages.LogitRows: State.CLOSED, messages.Refused: State.CLOSED}
+    },
     State.OFFERING: {
         Role.DEVICE: {
             messages.WantFiles: State.FETCHING,

@@ -175,6 +175,7 @@ def _down(secrets: list[str], rng: random.Random) -> Iterator[messages.AnyMessag
     part_of = [secrets[i::6] for i in range(6)]
     labels = [secret[:24] for secret in part_of[1]]
     yield messages.Score("t", "base", tuple(part_of[0]), tuple(labels))
+    yield messages.TopLogits("t", 1, "slm", "base", tuple(part_of[0]), tuple(labels), 4)
     yield messages.OfferData("t", 1, tuple(part_of[1]), tuple(labels), (1.0,) * len(labels))
     for secret in part_of[2][:10]:
         data = rng.randbytes(BULK // 4) + "".join(part_of[2]).encode() + rng.randbytes(BULK)
@@ -197,3 +198,5 @@ def _up(secrets: list[str], rng: random.Random) -> Iterator[messages.AnyMessage]
     yield messages.WantFiles("t", tuple(secrets))
     yield messages.ModelReport("t", "base", 0.5, 1, 1.0, 1.0, stages)
     yield messages.Scores("t", (0.5,))
+    rows = text.encode()
+    yield messages.LogitRows("t", 1, "base", rows[:32], 1, rows, rows, rows, stages, 1.0)

@@ -259,6 +259,8 @@ def _messages() -> tuple[bytes, ...]:
     every: Sequence[messages.AnyMessage] = (
         messages.Score("t", "base", ("one", "two"), ("a", "b")),
         messages.Scores("t", (0.1, 1.0)),
+        messages.TopLogits("t", 1, "slm", "base", ("one",), ("a",), 2),
+        messages.LogitRows("t", 1, "base", bytes(32), 1, bytes(4), bytes(2), bytes(2), {}, 3.0),
         messages.WantFiles("t", ("a/b",)),
         messages.File("t", "a/b", b"data"),
         messages.Refused("t", "no memory"),
