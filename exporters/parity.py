@@ -79,7 +79,7 @@ def check_parity(
     limits = limits or ParityLimits()
     batches = tokenize(bundle_dir, texts or DEFAULT_TEXT)
     try:
-        model = load_slm(bundle_dir, memory_mb=None, dtype=torch.float32)
+        model = load_slm(bundle_dir, dtype=torch.float32)
     except WeightsError as exc:
         raise ExportError(f"torch cannot be built from the exported weights: {exc}") from exc
     session = open_session(bundle_dir)

@@ -43,6 +43,7 @@ MAY_IMPORT_TORCH = (
     "edge_sdk.train",
     "edge_sdk.algorithms",
     "compression.int4_torch",
+    "compression.int4_layers",
     "compression.eora_torch",
     "compression.cg_fedllm",
     "compression.baselines",

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compression.errors import WeightsError
 from compression.int4 import WeightFile
-from compression.int4_torch import Int4Linear, load_slm
+from compression.int4_layers import Int4Embedding, Int4Linear, Tiles
+from compression.int4_torch import held_bytes, load_slm
 
 BLOCK = 32
 
@@ -128,35 +129,80 @@ def test_rows_stored_without_padding_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Int4Linear(packed, dtype=torch.float32).weight, expected)
 
 
-def test_chunked_layer_equals_the_dense_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("tile", [32 * 96, 2**20])
+def test_tiled_layer_equals_the_dense_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bits: int, zeros: bool, tile: int
 ) -> None:
-    monkeypatch.setattr("compression.int4_torch.CHUNK_BYTES", 4 * 80 * 5)  # five rows a chunk
-    weight = np.random.default_rng(1).normal(size=(33, 80)).astype(np.float32)
+    monkeypatch.setattr("compression.int4_layers.TILE_WEIGHTS", tile)
+    weight = np.random.default_rng(1).normal(size=(70, 80)).astype(np.float32)
     writer = BundleWriter(tmp_path)
-    expected = torch.from_numpy(writer.blockwise("w", weight, zeros=True))
+    expected = torch.from_numpy(writer.blockwise("w", weight, bits=bits, zeros=zeros))
     writer.close()
     layer = Int4Linear(WeightFile(tmp_path).packed("w"), dtype=torch.float32)
     x = torch.randn(2, 3, 80, generator=torch.Generator().manual_seed(2)).requires_grad_()
 
-    assert len(layer.chunks()) == 7
+    assert layer.tiles.count == (3 if tile < 2**20 else 1)
     y = layer(x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
 
     reference = x @ expected.T
     (wanted,) = torch.autograd.grad(reference.square().sum(), x)
     torch.testing.assert_close(y, reference, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-3)
 
 
-def test_memory_decides_how_weights_are_held(bundle: Path) -> None:
-    assert load_slm(bundle, memory_mb=4096).symbiont_weights == "16-bit"
+def test_16_bit_tiles_round_the_stored_values_once(tmp_path: Path) -> None:
+    weight = np.random.default_rng(1).normal(size=(50, 80)).astype(np.float32)
+    writer = BundleWriter(tmp_path)
+    expected = torch.from_numpy(writer.blockwise("w", weight)).bfloat16()
+    writer.close()
+    tiles = Tiles(WeightFile(tmp_path).packed("w"))
+    x = torch.randn(9, 80, generator=torch.Generator().manual_seed(2)).bfloat16()
+
+    assert torch.equal(tiles.tile(0, torch.bfloat16), expected.T)
+    torch.testing.assert_close(Int4Linear(tiles, dtype=torch.bfloat16)(x), x @ expected.T)
+
+
+def test_an_embedding_dequantizes_the_rows_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("compression.int4_layers.TILE_WEIGHTS", 32 * 96)
+    weight = np.random.default_rng(1).normal(size=(70, 80)).astype(np.float32)
+    writer = BundleWriter(tmp_path)
+    expected = torch.from_numpy(writer.blockwise("w", weight, bits=8, zeros=True))
+    writer.close()
+    tiles = Tiles(WeightFile(tmp_path).packed("w"))
+    layer = Int4Embedding(tiles, like=torch.nn.Embedding(70, 80), dtype=torch.float32)
+    ids = torch.tensor([[0, 69, 31], [32, 32, 5]])
+
+    one, all_of_them = layer(ids[:1, :1]), layer(ids)  # the second call must not spoil the first
+
+    assert torch.equal(one, expected[ids[:1, :1]])
+    assert torch.equal(all_of_them, expected[ids])
+    assert torch.equal(layer.weight, expected)
+
+
+def test_weights_are_held_as_asked(bundle: Path) -> None:
+    assert load_slm(bundle).symbiont_weights == "16-bit"
     assert load_slm(bundle, dtype=torch.float32).symbiont_weights == "32-bit"
-    model = load_slm(bundle, memory_mb=0)
+    model = load_slm(bundle, packed=True)
     assert model.symbiont_weights == "int4 on the fly"
     assert isinstance(model.model.layers[0].mlp.up_proj, Int4Linear)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.tiles is model.model.embed_tokens.tiles
     assert model.dtype == torch.bfloat16
+
+
+def test_held_bytes_are_those_of_the_model(bundle: Path) -> None:
+    dense = sum(p.nbytes for p in set(load_slm(bundle).parameters()))
+    assert held_bytes(bundle, packed=False, dtype=torch.bfloat16) == dense
+
+    model = load_slm(bundle, packed=True)
+    tiles = {m.tiles for m in model.modules() if isinstance(m, Int4Linear)}
+    packed = sum(t.nbytes for t in tiles) + sum(p.nbytes for p in model.parameters())
+    counted = held_bytes(bundle, packed=True, dtype=torch.bfloat16)
+    assert counted == pytest.approx(packed, rel=0.35)  # rows of 48 and 80 are padded to 64 and 96
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -165,8 +211,8 @@ def test_packed_and_dense_give_the_same_lora_gradients(bundle: Path, checkpointi
     tokens = torch.arange(24).view(2, 12) % 64
 
     results = []
-    for memory_mb in (None, 0):
-        model = load_slm(bundle, memory_mb=memory_mb, dtype=torch.float32)
+    for held in (False, True):
+        model = load_slm(bundle, packed=held, dtype=torch.float32)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
@@ -188,8 +234,8 @@ def test_packed_and_dense_give_the_same_lora_gradients(bundle: Path, checkpointi
 
 def test_loaded_weights_are_exactly_the_stored_ones(bundle: Path) -> None:
     weights = WeightFile(bundle)
-    for memory_mb in (None, 0):
-        model = load_slm(bundle, memory_mb=memory_mb, dtype=torch.float32)
+    for held in (False, True):
+        model = load_slm(bundle, packed=held, dtype=torch.float32)
         for name in weights:
             value = model.get_submodule(name.rpartition(".")[0]).weight
             np.testing.assert_array_equal(value.detach().numpy(), weights.dequantize(name))

@@ -7,7 +7,7 @@ from learning_world import model
 from safetensors.numpy import save
 
 from compression.int4 import Packed
-from compression.int4_torch import Int4Linear
+from compression.int4_layers import Int4Linear
 from edge_sdk.errors import ConfigError, RemoteProtocolError
 from edge_sdk.train.lora import (
     Adapter,
