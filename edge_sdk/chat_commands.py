@@ -228,7 +228,7 @@ def _show(answer: "Answer", arguments: argparse.Namespace) -> int:
         print(json.dumps({"answer": text, **_figures(answer)}), flush=True)
     else:
         for piece in answer:
-            print(piece, end="", flush=True)
+            print(_printable(piece), end="", flush=True)
         print(flush=True)
         if arguments.stats:
             print(
@@ -238,6 +238,14 @@ def _show(answer: "Answer", arguments: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
     return 130 if answer.finish == "cancelled" else 0
+
+
+def _printable(text: str) -> str:
+    """A model must not move the cursor or retitle the window of whoever reads its answer."""
+    return text.translate(_CONTROLS) if sys.stdout.isatty() else text
+
+
+_CONTROLS = {i: "\ufffd" for i in (*range(32), *range(127, 160)) if chr(i) not in "\n\t"}
 
 
 def _figures(answer: "Answer") -> dict[str, object]:

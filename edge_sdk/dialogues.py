@@ -56,5 +56,7 @@ def say(
     if last["role"] != "user" or not last["content"].strip():
         answer: Answer = session.stream(session.chat_prompt(messages), **options)
         return answer
+    if "seed" in options:
+        talk.close()  # its generator's dice have been thrown before; a seed begins with new ones
     talk.messages = [*before]
     return talk.say(last["content"], **options)

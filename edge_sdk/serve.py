@@ -12,6 +12,7 @@ import socket
 import socketserver
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -152,7 +153,7 @@ class _Http(ThreadingHTTPServer):
             self._places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.debug("a connection ended badly", exc_info=True)
+        logger.debug("a connection ended badly")
 
     @contextmanager
     def watched(self, connection: socket.socket) -> Iterator[threading.Event]:
@@ -221,8 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         except FleetError as exc:
             self._refuse(ApiError(503, str(exc), code="model_failed"))
-        except Exception:
-            logger.exception("a request failed")
+        except Exception as exc:  # its text may quote the request, so only the place is logged
+            *_, place = traceback.extract_tb(exc.__traceback__)
+            logger.error("%s at %s:%s", type(exc).__name__, place.filename, place.lineno)
             self._refuse(ApiError(500, "the endpoint failed; see its log", code="internal_error"))
         taken = time.perf_counter() - self._started
         logger.info("%s %s %s %.2f s", self.command, self._route, self._status or "gone", taken)
