@@ -4,7 +4,7 @@ Knows requests and their answers. Does not know what an algorithm makes of them,
 that is not kept is undone.
 """
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from typing import Any
 
 from coordinator.aggregate import Aggregate
@@ -41,6 +41,16 @@ def measured(request: Ask) -> Generator[Request, Any, tuple[Reply, ...]]:
         yield Note({"quorum_missed": str(exc)})
         return ()
     return replies
+
+
+def gathered(request: Ask) -> Generator[Request, Any, tuple[Reply, ...]]:
+    """Ask; where some refuse or stay silent, go on with those that did answer, or with none."""
+    try:
+        replies: tuple[Reply, ...] = yield request
+        return replies
+    except QuorumMissed as exc:
+        yield Note({"quorum_missed": str(exc)})
+    return (yield from measured(replace(request, need=1)))
 
 
 def merge(
@@ -87,14 +97,10 @@ def lineage(step: int, replies: tuple[Reply, ...], merged: Aggregate | None) -> 
     }
 
 
-def told(merged: Aggregate | None, fault: str) -> dict[str, Any]:
+def told(left_out: Collection[str], fault: str) -> dict[str, Any]:
     """What a Note says of updates and rounds that were not kept; nothing if all were."""
-    said: dict[str, Any] = {}
-    if merged and merged.outliers:
-        said["left_out"] = sorted(merged.outliers)
-    if fault:
-        said["rolled_back"] = fault
-    return said
+    said: dict[str, Any] = {"left_out": sorted(left_out)} if left_out else {}
+    return said | ({"rolled_back": fault} if fault else {})
 
 
 def mean_accuracy(replies: tuple[Reply, ...]) -> float | None:
