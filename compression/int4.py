@@ -6,6 +6,9 @@ A blockwise tensor of shape (out, in) is stored as MatMulNBits keeps it: codes o
 bits first) in blocks of `block` along `in`, one scale per block, and a zero point per block or,
 when none is stored, 2^(bits-1) for all. The value is (code - zero point) * scale. Rows are padded
 to whole blocks; a row stored without padding (GatherBlockQuantized) is read as well.
+
+An int8 tensor of shape (out, in) is stored as signed codes with one float32 scale per row; a layer
+that multiplies integers (DynamicQuantizeMatMul) keeps its codes as (in, out), "transposed".
 """
 
 import json
@@ -24,6 +27,7 @@ F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
 
 WEIGHTS_FILE = "weights.json"
+ENCODER_FOLDER = "onnx/"
 FORMAT = 1
 MAX_INDEX_BYTES = 64 * 2**20
 """A weights.json above this is refused before it is parsed; a 70 B model's is under 1 MiB."""
@@ -101,7 +105,7 @@ class WeightFile:
         return target
 
     def kind(self, name: str) -> str:
-        """ "blockwise" or "dense"; an alias has the kind of its source."""
+        """ "blockwise", "int8" or "dense"; an alias has the kind of its source."""
         return str(self._entry(self.source(name))["kind"])
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -147,7 +151,7 @@ class WeightFile:
         return Packed(bits, block, (rows, columns), codes.reshape(rows, -1), scales, zero_points)
 
     def dequantize(self, name: str) -> F32:
-        """The tensor `name` as float32, whatever its kind; blockwise ones have shape (out, in).
+        """The tensor `name` as float32, whatever its kind; quantized ones have shape (out, in).
 
         Raises:
             WeightsError: no such tensor, or it does not fit the data file.
@@ -155,15 +159,29 @@ class WeightFile:
         name = self.source(name)
         if self._entry(name)["kind"] == "blockwise":
             return self.packed(name).dequantize()
+        if self._entry(name)["kind"] == "int8":
+            return self._int8(name)
         dtype = _dtype(name, self._entry(name).get("dtype"))
         dense = _typed(name, self._part(name, "data"), dtype, self.shape(name))
         return dense.astype(np.float32)
+
+    def _int8(self, name: str) -> F32:
+        shape = self.shape(name)
+        if len(shape) != 2:
+            raise WeightsError(f"{name}: not an int8 matrix (shape {shape})")
+        turned = self._entry(name).get("transposed") is True
+        stored = shape[::-1] if turned else shape
+        codes = _typed(name, self._part(name, "codes"), np.dtype(np.int8), stored)
+        scales = _typed(name, self._part(name, "scales"), _DTYPES["float32"], (shape[0], 1))
+        rows = codes.T if turned else codes
+        result: F32 = np.ascontiguousarray(rows, dtype=np.float32) * scales
+        return result
 
     def _entry(self, name: str) -> dict[str, Any]:
         entry = self._tensors.get(name)
         if not isinstance(entry, dict):
             raise WeightsError(f"{name}: no such tensor in {WEIGHTS_FILE}")
-        if entry.get("kind") not in ("blockwise", "dense", "alias"):
+        if entry.get("kind") not in ("blockwise", "int8", "dense", "alias"):
             raise WeightsError(f"{name}: kind {entry.get('kind')!r} is not known")
         return entry
 
@@ -192,9 +210,15 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise WeightsError(f"{path}: not a weights index of format {FORMAT}")
     data, tensors = index.get("data"), index.get("tensors")
-    if not isinstance(tensors, dict) or not isinstance(data, str) or Path(data).name != data:
+    if not isinstance(tensors, dict) or not isinstance(data, str) or not _is_near(data):
         raise WeightsError(f"{path}: 'data' must be a file name and 'tensors' a table")
     return index
+
+
+def _is_near(data: str) -> bool:
+    # A file of the bundle: beside the index, or of the folder that encoders keep their graph in.
+    name = data.removeprefix(ENCODER_FOLDER)
+    return Path(name).name == name
 
 
 def _dtype(name: str, text: object) -> np.dtype[Any]:
