@@ -12,11 +12,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
-from coordinator.algorithms.fedavg import FedAvgConfig, Package, fedavg
+from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.config import CoordinatorConfig, FamilySection, TextsSection
 from coordinator.distill import merge
 from coordinator.events import Events
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.families import Family, Package
 from coordinator.gate import Gate
 from coordinator.llm import Llm, Update
 from coordinator.programs import Commit, Program, ProgramFactory
@@ -92,20 +93,16 @@ def program_of(
         measure = _measure(llm, judged, events)
         if measure is not None and resume is None:
             events("llm", stage="before", **measure())
+        whole = _model_packager(config, folder, family, spec)
+        gate = _gate(config, twin, judged, events)
         return crosslm(
             llm,
-            twin,
-            exchange,
-            cohort,
+            [Family(twin, exchange, cohort, base, package, whole, gate)],
             crosslm_config(config),
-            base=base,
-            package=package,
-            package_model=_model_packager(config, folder, family, spec),
             public_texts=public,
             measure=measure,
             stage=events.stage,
             seed=seed,
-            gate=_gate(config, twin, judged, events),
             resume=resume,
         )
 

@@ -4,7 +4,6 @@ Knows the twin's adapter, soft targets and Hugging Face folders. Does not know w
 ONNX, or how a release is signed.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -128,18 +127,3 @@ def _product(factors: Factors | Mapping[str, F32], slot: str) -> npt.NDArray[np.
     B = factors[slot + B_SUFFIX].astype(np.float64)
     result: npt.NDArray[np.float64] = B @ A
     return result
-
-
-def synthetic_to_bytes(
-    texts: Sequence[str], labels: Sequence[str], weights: Sequence[float]
-) -> bytes:
-    """A synthetic set as JSON, for a program's state."""
-    return json.dumps(
-        {"texts": list(texts), "labels": list(labels), "weights": [float(w) for w in weights]}
-    ).encode()
-
-
-def synthetic_from_bytes(data: bytes) -> tuple[list[str], list[str], list[float]]:
-    """What `synthetic_to_bytes` stored."""
-    held = json.loads(data)
-    return held["texts"], held["labels"], held["weights"]

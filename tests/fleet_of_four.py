@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from learning_world import TASK, examples, model, tokenizer
 
 from compression.codec import Compressor, FeedbackState
-from coordinator.programs import Ask, Commit, Note, Publish, Release, Reply, Tell
+from coordinator.programs import Ask, Commit, Note, Publish, Release, Reply, Tell, Withdraw
 from edge_sdk.train.lora import Adapter, LoraSpec, delta, from_bytes
 from edge_sdk.train.text_task import TaskReader, accuracy, label_probs
 from edge_sdk.train.trainer import train_adapter
@@ -120,7 +120,7 @@ def drive(program, devices, log, *, until_commit=None, arrival=lambda replies: r
             case Tell():
                 for name in request.to:
                     devices[name].answer(request.message)
-            case Publish(family=family, release=release):
+            case Publish(family=family, release=release) | Withdraw(family=family, instead=release):
                 answer = Release(family, release, ("model",), {})
             case Commit():
                 last = request

@@ -8,17 +8,12 @@ import torch
 from fleet_of_four import COHORT, HELD_OUT, SPEC, Log, drive, fleet
 from learning_world import TASK, examples, folder, model, tokenizer
 
-from coordinator.algorithms.crosslm import (
-    CrossLMConfig,
-    Pool,
-    crosslm,
-    distinct,
-    uniform_labels,
-    worth_keeping,
-)
+from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.families import Family
 from coordinator.llm import Llm, Update, Written
 from coordinator.programs import Ask, Commit, Note, Publish, Tell
+from coordinator.synthetic import Pool, uniform_labels, worth_keeping
 from coordinator.twin import Twin
 from edge_sdk.errors import QuorumMissed
 from edge_sdk.train.lora import LoraSpec
@@ -55,30 +50,31 @@ class World:
         self.exchange = AdapterExchange("tiny", self.twin.layout, SPEC, seed=7)
         self.log = Log()
 
-    def program(self, cfg=CFG, **how):
+    def program(self, cfg=CFG, *, whole=None, **how):
         return crosslm(
-            self.llm, self.twin, self.exchange, COHORT, cfg,
-            base="base-1", package=lambda name, factors: "adapter", seed=3, **how,
-        )  # fmt: skip
+            self.llm,
+            [Family(self.twin, self.exchange, COHORT, "base-1", lambda *_: "adapter", whole)],
+            cfg,
+            seed=3,
+            **how,
+        )
 
 
 def test_a_run_asks_tells_publishes_notes_and_commits(home):
     world, devices = World(home), fleet()
     cfg = dataclasses.replace(CFG, tau=0.0)
 
-    last = drive(
-        world.program(cfg, package_model=lambda name, factors: "whole"), devices, world.log
-    )
+    last = drive(world.program(cfg, whole=lambda *_: "whole"), devices, world.log)
 
     kinds = [type(request).__name__ for request in world.log]
     assert kinds == ["Ask", "Tell", "Publish", "Ask", "Note", "Commit"] * 2
     first, final = world.log.of(Publish)
     assert (first.release, first.base, first.folder) == ("base-1-crosslm-1", "base-1", "adapter")
     assert (final.release, final.base, final.folder) == ("base-1-distilled", None, "whole")
-    assert set(last.state) > {"exchange", "llm", "pool"}
+    assert set(last.state) > {"exchange/tiny", "llm", "pool"}
     assert last.state["outcome"] == b"kept"
     assert devices["dev-a"].synthetic.version == 2
-    assert {"score", "kept", "distinct", "loss_gen", "accuracy"} <= set(
+    assert {"score", "kept", "distinct_2", "loss_gen", "accuracy"} <= set(
         world.log.of(Note)[0].values
     )
 
@@ -168,7 +164,7 @@ def test_s_keeps_good_long_distinct_texts_that_do_not_name_their_label():
 
 
 def test_the_pool_holds_each_text_once_and_the_best_when_full():
-    pool = Pool([], [], [])
+    pool = Pool()
     pool.add(["a b c", "d e f"], ["sum", "list"], [0.5, 0.9])
     pool.add(["A  b c", "g h i"], ["sum", "story"], [0.6, 0.7])
     pool.trim(2)
@@ -184,12 +180,6 @@ def test_labels_are_uniform_and_seeded():
     assert drawn == uniform_labels(TASK, 32, np.random.default_rng(0))
 
 
-def test_distinct_measures_repetition():
-    assert distinct(["a b c", "d e f"]) == 1.0
-    assert distinct(["a b", "a b", "a b", "a b"]) == 0.25
-    assert distinct([]) == 0.0
-
-
 def test_a_handful_of_texts_is_not_distilled_on(home):
     world, devices = World(home), fleet()
     cfg = dataclasses.replace(CFG, rounds=1, min_texts=10_000)
@@ -197,5 +187,5 @@ def test_a_handful_of_texts_is_not_distilled_on(home):
     drive(world.program(cfg), devices, world.log)
 
     assert world.log.of(Note)[0].values["distil_loss"] == 0.0
-    start = world.log.of(Commit)[0].state["exchange"]
+    start = world.log.of(Commit)[0].state["exchange/tiny"]
     assert start == world.exchange.state()

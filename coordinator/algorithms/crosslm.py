@@ -17,7 +17,7 @@ Knowledge Transfer" (CrossLM), arXiv 2312.05842, 2023; rebuilt from PAPERS.md 1 
 
 | paper | here |
 |---|---|
-| w_k | `twin.replicas[k]`: the family's base plus the device's decoded adapter |
+| w_k | `twin.replicas[k]`: its family's base plus the device's decoded adapter |
 | theta, theta_0 | `llm` with its adapter on, and off |
 | D_k | the device's examples; no message can carry them |
 | S, tau | `Pool`, `CrossLMConfig.tau` |
@@ -25,45 +25,37 @@ Knowledge Transfer" (CrossLM), arXiv 2312.05842, 2023; rebuilt from PAPERS.md 1 
 
 Differences from the paper: devices send encoded LoRA updates instead of weights, so w_k is the
 server's replica and line 5 costs no traffic (`score_on_devices` asks the devices instead); the
-updates are also averaged (as in fedavg.py), since all devices of a family share a shape; after line
-7 the averaged small model is distilled on S with soft labels of LLM and replicas and published,
-which the paper leaves to the devices; S is deduplicated and texts that name their own label are
-dropped (both inflate s); N and all weights are ours, the paper's were not found. The LLM sees no
-label but those it asked for itself, and `public_texts` only as the replicas label them.
+updates of one family are also averaged (as in fedavg.py), since its devices share a shape; after
+line 7 each family's averaged small model is distilled on S with soft labels of the LLM and of all
+families' replicas and published, which the paper leaves to the devices; S is deduplicated and texts
+that name their own label are dropped (both inflate s); N can be divided over temperatures and
+writers by what was of use before (`osca.py`); N and all weights are ours, the paper's were not
+found. The LLM sees no label but those it asked for itself, and `public_texts` only as the replicas
+label them.
 """
 
-import hashlib
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.algorithms.fedavg import Package
-from coordinator.algorithms.rounds import (
-    lineage,
-    mean_accuracy,
-    measured,
-    merge,
-    patiently,
-    told,
-    tried,
-)
-from coordinator.distill import distil, sharpen, synthetic_from_bytes, synthetic_to_bytes
-from coordinator.exchange import AdapterExchange, LocalTraining
-from coordinator.gate import Gate
+from coordinator.algorithms.rounds import mean_accuracy, measured, patiently, told
+from coordinator.distill import distil, sharpen
+from coordinator.diversity import diversity
+from coordinator.exchange import LocalTraining
+from coordinator.families import Families, Family
 from coordinator.llm import Llm, Update, Written
-from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply, Tell
-from coordinator.twin import Twin
+from coordinator.programs import Ask, Commit, Note, Program, Request
+from coordinator.sampling import Sampler, Way
+from coordinator.synthetic import Pool, joined, shuffled_labels, uniform_labels, worth_keeping
+from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.train.lora import from_bytes, to_bytes
-from edge_sdk.wire.messages import OfferData, Score, Scores, TextTask
+from edge_sdk.wire.messages import AnyMessage, Score, Scores, TextTask
 
 F32 = npt.NDArray[np.float32]
-
-MIN_WORDS = 3
-"""A generated request of fewer words says nothing that a label could be told from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +67,9 @@ class CrossLMConfig:
         samples: N, texts written per round.
         tau: least score of a text that enters S.
         temperature, top_p, max_new_tokens: how the LLM samples.
+        more_temperatures: further temperatures; OSCA then divides N by what was of use before.
+        frozen_writer: the LLM's frozen start writes too, which cannot collapse.
+        drop_near: texts nearly like one in S do not enter it.
         pool: most texts S may hold; the best-scored stay.
         min_texts: fewer texts than this, or texts of fewer than half the labels, are not distilled
             on: a handful of one label teaches a small model to say nothing else (seen: from 0.26
@@ -101,6 +96,9 @@ class CrossLMConfig:
     samples: int = 96
     tau: float = 0.3
     temperature: float = 0.9
+    more_temperatures: tuple[float, ...] = ()
+    frozen_writer: bool = False
+    drop_near: bool = True
     top_p: float = 0.95
     max_new_tokens: int = 28
     pool: int = 512
@@ -118,142 +116,84 @@ class CrossLMConfig:
     training: LocalTraining = field(default_factory=LocalTraining)
     update: Update = field(default_factory=Update)
 
-
-@dataclass(slots=True)
-class Pool:
-    """S: synthetic texts, their labels and scores."""
-
-    texts: list[str]
-    labels: list[str]
-    scores: list[float]
-
-    def add(self, texts: Sequence[str], labels: Sequence[str], scores: Sequence[float]) -> None:
-        """Take in more; a text already held keeps its place."""
-        held = {fingerprint(text) for text in self.texts}
-        for text, label, score in zip(texts, labels, scores, strict=True):
-            if fingerprint(text) not in held:
-                held.add(fingerprint(text))
-                self.texts.append(text)
-                self.labels.append(label)
-                self.scores.append(float(score))
-
-    def trim(self, size: int) -> None:
-        """Keep the `size` best-scored."""
-        order = sorted(range(len(self.texts)), key=lambda i: (-self.scores[i], self.texts[i]))
-        keep = sorted(order[:size])
-        self.texts = [self.texts[i] for i in keep]
-        self.labels = [self.labels[i] for i in keep]
-        self.scores = [self.scores[i] for i in keep]
-
-    def offer(self, version: int) -> OfferData:
-        """The message that brings S to a device."""
-        return OfferData(
-            task_id=f"data-{version}",
-            version=version,
-            texts=tuple(self.texts),
-            labels=tuple(self.labels),
-            weights=tuple(min(1.0, max(0.0, score)) for score in self.scores),
-        )
+    def ways(self) -> list[Way]:
+        """The ways of writing among which a round's texts are divided."""
+        hot = [self.temperature, *self.more_temperatures]
+        frozen = [Way("start", heat) for heat in hot] if self.frozen_writer else []
+        return [Way("llm", heat) for heat in hot] + frozen
 
 
 def crosslm(
     llm: Llm,
-    twin: Twin,
-    exchange: AdapterExchange,
-    cohort: tuple[str, ...],
+    families: Sequence[Family],
     cfg: CrossLMConfig,
     *,
-    base: str,
-    package: Package,
-    package_model: Package | None = None,
     public_texts: Sequence[str] = (),
     measure: Callable[[], dict[str, float]] | None = None,
     stage: Callable[[str], AbstractContextManager[object]] = nullcontext,
     seed: int,
-    gate: Gate | None = None,
     resume: Commit | None = None,
 ) -> Program:
-    """Run CrossLM over the devices of `cohort`, whose bundle is release `base`.
+    """Run CrossLM over the devices of `families`, which may differ in model and tokenizer.
 
-    `package` writes an adapter release; `package_model`, when given, writes the last round's
-    release as a whole new model with the adapter merged in. `measure` adds numbers to each Note;
-    `stage` is entered around each step that takes long, with its name. `gate` decides whether a
-    round is kept; one that is not leaves LLM, S and small model as they were before it.
+    The last round's release of a family is a whole new model with the adapter merged in, where the
+    family has a `package_model`. `measure` adds numbers to each Note; `stage` is entered around
+    each step that takes long, with its name. The families' gates decide whether a round is kept;
+    one that is not leaves the LLM, S and every small model as they were before it.
 
     Raises:
+        ConfigError: families that cannot run together.
         QuorumMissed: too few updates, `cfg.retries` times over.
     """
-    pool, gate = Pool([], [], []), gate or Gate()
-    first, version, kept = 0, 0, base
+    fleet, pool, task = Families(families), Pool(), llm.reader.task
+    sampler = Sampler(cfg.ways(), task.labels)
+    first, version = 0, 0
     if resume is not None:
-        exchange.restore(resume.state["exchange"])
         llm.load(from_bytes(resume.state["llm"]))
-        pool = Pool(*synthetic_from_bytes(resume.state["pool"]))
-        gate.restore(resume.state.get("gate", b""))
-        kept = resume.state.get("kept", base.encode()).decode()
-        version = int(resume.state.get("version", b"%d" % (resume.step + 1)))
-        first = resume.step + 1
-    gate.start(exchange.factors)
-    twin.restore(exchange.factors, exchange.replicas)
-    task = llm.reader.task
+        pool.restore(resume.state["pool"])
+        sampler.restore(resume.state["sampler"])
+        version, first = int(resume.state["version"]), resume.step + 1
+    fleet.begin(resume.state if resume is not None else None)
 
     def held(outcome: str) -> dict[str, bytes]:
-        return {
-            "exchange": exchange.state(),
+        return fleet.state() | {
             "llm": to_bytes(llm.state()),
-            "pool": synthetic_to_bytes(pool.texts, pool.labels, pool.scores),
-            "gate": gate.to_bytes(),
-            "kept": kept.encode(),
+            "pool": pool.to_bytes(),
+            "sampler": sampler.to_bytes(),
             "version": str(version).encode(),
             "outcome": outcome.encode(),
         }
 
-    def undo(state: Mapping[str, bytes]) -> None:
-        exchange.roll_back(state["exchange"])
-        llm.load(from_bytes(state["llm"]))
-        pool.texts, pool.labels, pool.scores = synthetic_from_bytes(state["pool"])
-        gate.restore(state["gate"])
-        twin.restore(exchange.factors, exchange.replicas)
-
     before = held("start")
     for step in range(first, cfg.rounds):  # line 1
         training = Ask(
-            exchange.start(step, base, cfg.training),
-            cohort,
-            need=cfg.need or len(cohort),
+            fleet.training(step, cfg.training),
+            fleet.cohort,
+            need=cfg.need or len(fleet.cohort),
             within_s=cfg.within_s,
-            check=exchange.check(),
+            check=fleet.check(),
         )
         replies = yield from patiently(training, cfg.retries)  # line 2
         with stage("aggregate"):
-            merged, changes, fault = yield from merge(exchange, gate, replies)  # line 3
-        if fault:
-            undo(before)
-            yield Note({"round": step, "devices": len(replies), **told(merged, fault)})
+            merged = yield from fleet.merge(replies, learn_codec=cfg.learn_codec)  # line 3
+        if merged.fault:
+            fleet.undo(before)
+            yield Note(
+                {"round": step, "devices": len(replies), **told(merged.outliers, merged.fault)}
+            )
             before = held("discarded")
             yield Commit(step, before)
             continue
-        assert merged is not None, "without a fault there is an aggregate"
-        if cfg.learn_codec and exchange.codec.basis is None:
-            exchange.learn_codec(changes)
-        twin.restore(exchange.factors, exchange.replicas)
 
         rng = np.random.default_rng([seed, step])
         with stage("generate"):
-            written = llm.generate(  # line 4
-                uniform_labels(task, cfg.samples, rng),
-                seed=int(rng.integers(2**31)),
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                max_new_tokens=cfg.max_new_tokens,
-            )
+            written, ways = write(llm, sampler, cfg, rng)  # line 4
         with stage("score"):
-            opinions = twin.calibrate(public_texts) if public_texts else no_opinions(task)
-            scores = twin.score(written.texts, written.labels)  # line 5
+            opinions = fleet.calibrate(public_texts) if public_texts else no_opinions(task)
+            scores = picked(fleet.jury(written.texts), written, task)  # line 5
         if cfg.score_on_devices:
-            judged = Score(f"score-{step}", base, tuple(written.texts), tuple(written.labels))
-            verdicts = yield from measured(Ask(judged, cohort, len(cohort), cfg.within_s))
-            scores = mean_scores(verdicts, otherwise=scores)
+            judged = yield from asked(fleet, step, written, cfg.within_s)
+            scores = judged if judged is not None else scores
         feedback = scores
         if cfg.permute_feedback:
             feedback, opinions = rng.permutation(scores), rng.permutation(opinions)
@@ -271,7 +211,11 @@ def crosslm(
                 public=public_texts,
                 opinions=sharpen(opinions, 1 / cfg.sharpness),
             )
-        chosen = worth_keeping(task, written, feedback, cfg.tau)  # line 7
+        chosen = worth_keeping(  # line 7
+            task, written, feedback, cfg.tau, held=pool.texts, near_too=cfg.drop_near
+        )
+        of_use = set(chosen)
+        sampler.learn(ways, written.labels, [i in of_use for i in range(len(ways))])
         pool.add(
             [written.texts[i] for i in chosen],
             [written.labels[i] for i in chosen],
@@ -280,27 +224,25 @@ def crosslm(
         pool.trim(cfg.pool)
         with stage("distil"):
             distilled, agreement = _distil(
-                llm, twin, pool, public_texts, opinions, cfg, seed=int(rng.integers(2**31))
+                llm, fleet, pool, public_texts, opinions, cfg, seed=int(rng.integers(2**31))
             )
-        exchange.set_global(twin.factors)
         if pool.texts:
             version = max(version, step) + 1
-            yield Tell(pool.offer(version), cohort)  # line 8
+            yield fleet.tell(pool.offer(version))  # line 8
 
-        whole = package_model if step == cfg.rounds - 1 else None
-        name = f"{base}-distilled" if whole else f"{base}-crosslm-{step + 1}"
         with stage("package"):
-            folder = (whole or package)(name, exchange.factors)
-        made_from = lineage(step, replies, merged)
-        wish = Publish(exchange.family, name, folder, None if whole else base, made_from)
-        fault, reports = yield from tried(wish, cohort, cfg.within_s, gate, instead=kept)
+            wishes = fleet.packaged(
+                step, replies, merged, program="crosslm", whole=step == cfg.rounds - 1
+            )
+        fault, reports = yield from fleet.release(wishes, cfg.within_s)
         numbers = measure() if measure is not None else {}
         if fault:
-            undo(before)
+            fleet.undo(before)
+            llm.load(from_bytes(before["llm"]))
+            pool.restore(before["pool"])
+            sampler.restore(before["sampler"])
             version += 1
-            yield Tell(pool.offer(version), cohort)  # S as it was, in place of this round's
-        else:
-            kept = name
+            yield fleet.tell(pool.offer(version))  # S as it was, in place of this round's
         yield Note(
             {
                 "round": step,
@@ -309,13 +251,13 @@ def crosslm(
                 "score": round(float(np.mean(scores)), 4),
                 "kept": len(chosen),
                 "pool": len(pool.texts),
-                "distinct": round(distinct(written.texts), 4),
                 "distil_loss": round(distilled, 4),
                 "agreement": round(agreement, 4),
                 "accuracy": mean_accuracy(reports),
+                **diversity(written.texts).told(),
                 **{f"loss_{key}": round(value, 4) for key, value in losses.items()},
                 **numbers,
-                **told(merged, fault),
+                **told(merged.outliers, fault),
             }
         )
         before = held("discarded" if fault else "kept")
@@ -323,26 +265,58 @@ def crosslm(
         llm.load(from_bytes(to_bytes(llm.state())))  # so that a resumed run is the same run
 
 
-def uniform_labels(task: TextTask, n: int, rng: np.random.Generator) -> list[str]:
-    """y_i ~ U(labels), with every label as often as any other (give or take one), shuffled."""
-    order = [task.labels[i % len(task.labels)] for i in range(n)]
-    return [order[i] for i in rng.permutation(n)]
+def write(
+    llm: Llm, sampler: Sampler, cfg: CrossLMConfig, rng: np.random.Generator
+) -> tuple[Written, list[int]]:
+    """A round's texts, and which of the sampler's ways wrote each."""
+    labels = uniform_labels(llm.reader.task, cfg.samples, rng)
+    seeds = rng.integers(2**31, size=len(sampler.ways)).tolist()
+    parts, ways, start = [], [], 0
+    for i, (way, n) in enumerate(zip(sampler.ways, sampler.divide(len(labels)), strict=True)):
+        with llm.adapter.off() if way.writer == "start" else nullcontext():
+            parts.append(
+                llm.generate(
+                    labels[start : start + n],
+                    seed=seeds[i],
+                    temperature=way.temperature,
+                    top_p=cfg.top_p,
+                    max_new_tokens=cfg.max_new_tokens,
+                )
+            )
+        ways += [i] * n
+        start += n
+    return joined(parts), ways
 
 
-def shuffled_labels(written: Written, rng: np.random.Generator) -> Written:
-    """The same texts and the same labels, paired at random."""
-    order = rng.permutation(len(written.labels)).tolist()
-    return replace(written, labels=[written.labels[i] for i in order])
+def picked(probs: F32, written: Written, task: TextTask) -> F32:
+    """s_i: the probability that `probs` (n, labels) gives the label asked for, (n,).
+
+    Source: CrossLM (arXiv 2312.05842), feedback of the small models; PAPERS.md 1 (b).
+    """
+    wanted = [task.labels.index(label) for label in written.labels]
+    result: F32 = probs[np.arange(len(wanted)), wanted]
+    return result
 
 
-def mean_scores(verdicts: tuple[Reply, ...], *, otherwise: F32) -> F32:
-    """Mean of the devices' scores, (n,); `otherwise` where no device gave as many as were asked."""
-    rows = [
-        reply.message.scores
-        for reply in verdicts
-        if isinstance(reply.message, Scores) and len(reply.message.scores) == len(otherwise)
-    ]
-    return np.mean(rows, axis=0).astype(np.float32) if rows else otherwise
+def asked(
+    fleet: Families, step: int, written: Written, within_s: float
+) -> Generator[Request, Any, F32 | None]:
+    """The devices' mean scores, (n,); None if nobody gave any. Wrong numbers of them are blamed."""
+
+    def task(device: str) -> AnyMessage:
+        base = fleet.of(device).base
+        return Score(f"score-{step}", base, tuple(written.texts), tuple(written.labels))
+
+    def check(_device: str, message: AnyMessage) -> None:
+        if isinstance(message, Scores) and len(message.scores) != len(written.texts):
+            raise RemoteProtocolError(
+                f"{len(message.scores)} scores came for {len(written.texts)} texts"
+            )
+
+    request = Ask(task, fleet.cohort, len(fleet.cohort), within_s, check)
+    verdicts = yield from measured(request)
+    rows = [reply.message.scores for reply in verdicts if isinstance(reply.message, Scores)]
+    return np.mean(rows, axis=0).astype(np.float32) if rows else None
 
 
 def no_opinions(task: TextTask) -> F32:
@@ -350,36 +324,9 @@ def no_opinions(task: TextTask) -> F32:
     return np.zeros((0, len(task.labels)), np.float32)
 
 
-def worth_keeping(task: TextTask, written: Written, scores: F32, tau: float) -> list[int]:
-    """Rows of `written` fit for S: scored at least tau, MIN_WORDS long, not a repetition, and not
-    naming the label they were asked for (such a text is judged by its label word alone)."""
-    words = dict(zip(task.labels, (word.strip().lower() for word in task.words), strict=True))
-    seen: set[str] = set()
-    rows = []
-    for i, (text, label) in enumerate(zip(written.texts, written.labels, strict=True)):
-        name = fingerprint(text)
-        said = re.findall(r"\w+", text.lower())
-        if scores[i] < tau or len(said) < MIN_WORDS or name in seen or words[label] in said:
-            continue
-        seen.add(name)
-        rows.append(i)
-    return rows
-
-
-def fingerprint(text: str) -> str:
-    """The text without case and spacing, hashed: equal for repetitions, unreadable in a log."""
-    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
-
-
-def distinct(texts: Sequence[str]) -> float:
-    """Share of different word pairs among all (distinct-2); low when the writer repeats itself."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
 def _distil(
     llm: Llm,
-    twin: Twin,
+    fleet: Families,
     pool: Pool,
     public: Sequence[str],
     opinions: F32,
@@ -391,7 +338,7 @@ def _distil(
     texts = [*pool.texts, *public]
     if len(texts) < cfg.min_texts or cfg.distil_steps == 0:
         return 0.0, 0.0
-    jury = np.concatenate([twin.jury(pool.texts), opinions]) if pool.texts else opinions
+    jury = np.concatenate([fleet.jury(pool.texts), opinions]) if pool.texts else opinions
     large = llm.probs(texts)
     agreement = float(np.mean(large.argmax(axis=1) == jury.argmax(axis=1)))
     share = cfg.llm_share * agreement
@@ -402,14 +349,17 @@ def _distil(
     likely = np.bincount(soft.argmax(axis=1), minlength=soft.shape[1])  # texts per label
     if 2 * int((likely > 0).sum()) < len(likely):
         return 0.0, agreement
-    loss = distil(
-        twin,
-        texts,
-        soft.astype(np.float32),
-        steps=cfg.distil_steps,
-        batch=cfg.distil_batch,
-        lr=cfg.distil_lr,
-        seed=seed,
-        weights=[*pool.scores, *[1.0] * len(public)],
-    )
-    return loss, agreement
+    losses = [
+        distil(
+            family.twin,
+            texts,
+            soft.astype(np.float32),
+            steps=cfg.distil_steps,
+            batch=cfg.distil_batch,
+            lr=cfg.distil_lr,
+            seed=seed,
+            weights=[*pool.scores, *[1.0] * len(public)],
+        )
+        for family in fleet.all
+    ]
+    return float(np.mean(losses)), agreement

@@ -25,9 +25,7 @@ counted in steps; updates travel encoded; a late update counts with its stalenes
 (`robust.py`), and a round that makes things worse is rolled back (`gate.py`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from coordinator.algorithms.rounds import (
     lineage,
@@ -39,14 +37,11 @@ from coordinator.algorithms.rounds import (
     tried,
 )
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.families import Package
 from coordinator.gate import Gate
 from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply
-from edge_sdk.train.lora import Factors
 
 __all__ = ["FedAvgConfig", "Package", "fedavg", "mean_accuracy", "measured", "patiently"]
-
-Package = Callable[[str, Factors], Path]
-"""Writes an adapter release of that name and returns its folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +111,7 @@ def fedavg(
                 "devices": len(replies),
                 "discarded": round(merged.discarded, 6) if merged else None,
                 "accuracy": mean_accuracy(reports),
-                **told(merged, fault),
+                **told(merged.outliers if merged else (), fault),
             }
         )
         yield Commit(

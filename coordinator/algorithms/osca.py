@@ -100,9 +100,9 @@ def allocate(p: F64, budget: float, *, costs: npt.ArrayLike | None = None) -> Al
             f"a budget of {budget} over {len(p)} configurations needs a cost above 0 for each "
             "and rates in [0, 1]"
         )
-    starts = [_greedy(p, c, budget), _uniform(c, budget)]  # line 3
+    starts = [_uniform(c, budget), _greedy(p, c, budget)]  # line 3
     starts += [_single(c, budget, i) for i in range(len(p))]
-    best = max(starts, key=lambda k: coverage(p, k))
+    best = max(starts, key=lambda k: round(coverage(p, k), 12))  # of equals the first: all alike
     best = _climb(p, c, budget, best)  # line 4
     value = coverage(p, best)
     steepest = float((_gains(p, best) / c).max(initial=0.0))

@@ -28,6 +28,7 @@ from functools import partial
 from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.exchange import LocalTraining
+from coordinator.families import Family
 from edge_sdk.train.lora import Factors
 from examples.learning.fleet import Fleet, LocalWork, package
 from examples.learning.lab import SHARED, Lab, Measured
@@ -125,6 +126,7 @@ def cross(lab: Lab, *, learns: bool = True, **ablation: bool) -> list[Measured]:
         samples=knobs.samples,
         tau=knobs.tau,
         sharpness=knobs.sharpness,
+        drop_near=False,
         llm_share=knobs.llm_share,
         distil_steps=distil_steps(lab),
         distil_batch=knobs.batch,
@@ -136,12 +138,8 @@ def cross(lab: Lab, *, learns: bool = True, **ablation: bool) -> list[Measured]:
     fleet.drive(
         crosslm(
             lab.llm,
-            lab.twin,
-            exchange,
-            fleet.cohort,
+            [Family(lab.twin, exchange, fleet.cohort, "base", package)],
             cfg,
-            base="base",
-            package=package,
             public_texts=lab.dealt.public,
             seed=lab.seed,
         )

@@ -1,0 +1,242 @@
+"""The SLM families of one run: each with its devices, its twin, its updates and its releases.
+
+Knows twins, exchanges, gates and the requests of one round. Does not know what an algorithm makes
+of a round, nor how models are trained.
+
+Families differ in architecture and tokenizer, so factors never cross from one to another; what
+crosses are texts, labels and probabilities.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.aggregate import Aggregate
+from coordinator.algorithms.rounds import lineage, measured, merge, tried
+from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.gate import Gate
+from coordinator.programs import Ask, Check, Publish, Reply, Request, TaskFor, Tell, Withdraw
+from coordinator.twin import Twin
+from edge_sdk.errors import ConfigError
+from edge_sdk.train.lora import Factors
+from edge_sdk.wire.messages import AnyMessage
+
+F32 = npt.NDArray[np.float32]
+
+Package = Callable[[str, Factors], Path]
+"""Writes a release of that name and returns its folder."""
+
+
+@dataclass(slots=True)
+class Family:
+    """One SLM family in a run.
+
+    Attributes:
+        cohort: its devices, whose bundle is release `base`.
+        package: writes an adapter release; `package_model`, if given, a whole model.
+        kept: the newest of its releases that was not taken back.
+    """
+
+    twin: Twin
+    exchange: AdapterExchange
+    cohort: tuple[str, ...]
+    base: str
+    package: Package
+    package_model: Package | None = None
+    gate: Gate = field(default_factory=Gate)
+    kept: str = ""
+
+    @property
+    def name(self) -> str:
+        """The family's name."""
+        return self.exchange.family
+
+    def begin(self) -> None:
+        """Put the factors held so far into the twin, and measure them once."""
+        self.kept = self.kept or self.base
+        self.gate.start(self.exchange.factors)
+        self.twin.restore(self.exchange.factors, self.exchange.replicas)
+
+    def state(self) -> dict[str, bytes]:
+        """What a Commit keeps of it."""
+        return {
+            f"exchange/{self.name}": self.exchange.state(),
+            f"gate/{self.name}": self.gate.to_bytes(),
+            f"kept/{self.name}": self.kept.encode(),
+        }
+
+    def resume(self, state: Mapping[str, bytes]) -> None:
+        """Take up what `state` returned, in a new process."""
+        self.exchange.restore(state[f"exchange/{self.name}"])
+        self._take_up(state)
+
+    def undo(self, state: Mapping[str, bytes]) -> None:
+        """Take up what `state` returned before the last round; late updates to it still count."""
+        self.exchange.roll_back(state[f"exchange/{self.name}"])
+        self._take_up(state)
+        self.twin.restore(self.exchange.factors, self.exchange.replicas)
+
+    def _take_up(self, state: Mapping[str, bytes]) -> None:
+        self.gate.restore(state[f"gate/{self.name}"])
+        self.kept = state[f"kept/{self.name}"].decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a round's updates came to: per family the aggregate, and why nothing may be kept."""
+
+    aggregates: Mapping[str, Aggregate]
+    fault: str
+
+    @property
+    def discarded(self) -> float:
+        """Energy beyond the rank, of the family that lost most."""
+        return max((one.discarded for one in self.aggregates.values()), default=0.0)
+
+    @property
+    def outliers(self) -> list[str]:
+        """Devices whose updates were left out."""
+        return sorted(name for one in self.aggregates.values() for name in one.outliers)
+
+
+class Families:
+    """All families of a run, in order of name.
+
+    Raises:
+        ConfigError: none, two of one name, or a device in two of them.
+    """
+
+    def __init__(self, families: Sequence[Family]) -> None:
+        self.all = tuple(sorted(families, key=lambda family: family.name))
+        names = [family.name for family in self.all]
+        self._of = {device: family for family in self.all for device in family.cohort}
+        self.cohort = tuple(sorted(self._of))
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"a run needs families of different names, not {names}")
+        if sum(len(family.cohort) for family in self.all) > len(self.cohort):
+            raise ConfigError("a device is counted in two families; give it one")
+
+    def begin(self, state: Mapping[str, bytes] | None) -> None:
+        """Start, or go on from what `state` returned."""
+        for family in self.all:
+            if state is not None:
+                family.resume(state)
+            family.begin()
+
+    def state(self) -> dict[str, bytes]:
+        """What a Commit keeps of all."""
+        return {key: value for family in self.all for key, value in family.state().items()}
+
+    def undo(self, state: Mapping[str, bytes]) -> None:
+        """Take back the last round of every family."""
+        for family in self.all:
+            family.undo(state)
+
+    def of(self, device: str) -> Family:
+        """The family of `device`."""
+        return self._of[device]
+
+    def training(self, step: int, how: LocalTraining) -> TaskFor:
+        """Open round `step` and return each device's task."""
+        tasks = {f.name: f.exchange.start(step, f.base, how) for f in self.all}
+        return lambda device: tasks[self.of(device).name](device)
+
+    def check(self) -> Check:
+        """Looks at one update, as its family's exchange does."""
+        checks = {family.name: family.exchange.check() for family in self.all}
+
+        def check(device: str, message: AnyMessage) -> None:
+            checks[self.of(device).name](device, message)
+
+        return check
+
+    def merge(
+        self, replies: Sequence[Reply], *, learn_codec: bool
+    ) -> Generator[Request, Any, Merged]:
+        """Take updates in, family by family; a family that sent none stays as it is."""
+        aggregates, faults = {}, []
+        for family in self.all:
+            own = tuple(reply for reply in replies if reply.device in family.cohort)
+            if not own:
+                continue
+            aggregate, changes, fault = yield from merge(family.exchange, family.gate, own)
+            if aggregate is not None:
+                aggregates[family.name] = aggregate
+            if fault:
+                faults.append(fault)
+            elif learn_codec and family.exchange.codec.basis is None:
+                family.exchange.learn_codec(changes)
+            family.twin.restore(family.exchange.factors, family.exchange.replicas)
+        return Merged(aggregates, "; ".join(faults))
+
+    def jury(self, texts: Sequence[str]) -> F32:
+        """What all replicas of all families think, (n, labels); each replica has one vote."""
+        return self._mixed([family.twin.jury(texts) for family in self.all])
+
+    def calibrate(self, texts: Sequence[str]) -> F32:
+        """As `jury`, on texts on which every replica's leanings are learned first."""
+        return self._mixed([family.twin.calibrate(texts) for family in self.all])
+
+    def _mixed(self, verdicts: Sequence[F32]) -> F32:
+        votes = np.array([max(1, len(f.twin.replicas)) for f in self.all], np.float32)
+        mixed = np.tensordot(votes / votes.sum(), np.stack(verdicts), axes=1)
+        return np.asarray(mixed, np.float32)
+
+    def packaged(
+        self,
+        step: int,
+        replies: Sequence[Reply],
+        merged: Merged,
+        *,
+        program: str,
+        whole: bool,
+    ) -> list[Publish]:
+        """Write each twin's global factors as a release; with `whole`, as a model of its own."""
+        wishes = []
+        for family in self.all:
+            write = family.package_model if whole else None
+            name = f"{family.base}-distilled" if write else f"{family.base}-{program}-{step + 1}"
+            family.exchange.set_global(family.twin.factors)
+            folder = (write or family.package)(name, family.exchange.factors)
+            own = tuple(reply for reply in replies if reply.device in family.cohort)
+            made_from = lineage(step, own, merged.aggregates.get(family.name))
+            base = None if write else family.base
+            wishes.append(Publish(family.name, name, folder, base, made_from))
+        return wishes
+
+    def release(
+        self, wishes: Sequence[Publish], within_s: float
+    ) -> Generator[Request, Any, tuple[str, tuple[Reply, ...]]]:
+        """Publish a round's releases and let each family's devices measure theirs.
+
+        If one family's devices find theirs worse than before, all of the round are taken back.
+        Returns why ("" if none were), and all reports.
+        """
+        reports: tuple[Reply, ...] = ()
+        for i, (family, wish) in enumerate(zip(self.all, wishes, strict=True)):
+            fault, own = yield from tried(
+                wish, family.cohort, within_s, family.gate, instead=family.kept
+            )
+            reports += own
+            if fault:
+                for other, former in zip(self.all[:i], wishes[:i], strict=True):
+                    yield from _take_back(other, former, within_s, f"{family.name}: {fault}")
+                return fault, reports
+        for family, wish in zip(self.all, wishes, strict=True):
+            family.kept = wish.release
+        return "", reports
+
+    def tell(self, message: AnyMessage) -> Tell:
+        """`message` for every device."""
+        return Tell(message, self.cohort)
+
+
+def _take_back(
+    family: Family, wish: Publish, within_s: float, reason: str
+) -> Generator[Request, Any, None]:
+    former = yield Withdraw(wish.family, wish.release, family.kept, reason)
+    yield from measured(Ask(former.offer(), family.cohort, len(family.cohort), within_s))
