@@ -172,6 +172,8 @@ def crosslm_config(config: CoordinatorConfig) -> CrossLMConfig:
         samples=program.samples,
         tau=program.tau,
         temperature=program.temperature,
+        more_temperatures=program.more_temperatures,
+        frozen_writer=program.frozen_writer,
         top_p=program.top_p,
         max_new_tokens=program.max_new_tokens,
         pool=program.pool,

@@ -141,6 +141,16 @@ class ProgramSection(Struct, frozen=True, forbid_unknown_fields=True):
     temperature: Annotated[
         float, Meta(gt=0, le=5, description="Sampling temperature of the LLM.")
     ] = 0.9
+    more_temperatures: Annotated[
+        tuple[Annotated[float, Meta(gt=0, le=5)], ...],
+        Meta(
+            max_length=16,
+            description="Further temperatures; texts then go to those that were of use (OSCA).",
+        ),
+    ] = ()
+    frozen_writer: Annotated[
+        bool, Meta(description="Let the LLM as it was at the start write too; OSCA divides.")
+    ] = False
     top_p: Annotated[float, Meta(gt=0, le=1, description="Nucleus of the LLM's sampling.")] = 0.95
     max_new_tokens: Annotated[
         int, Meta(ge=1, le=4096, description="Longest text the LLM writes, in tokens.")
