@@ -5,6 +5,7 @@ that is not kept is undone.
 """
 
 from collections.abc import Collection, Generator
+from dataclasses import replace
 from typing import Any
 
 from coordinator.aggregate import Aggregate
