@@ -5,6 +5,7 @@ FleetError
 +-- DataError                the operator: a data set that cannot be used; fix it
 +-- LinkError                the network: unreachable or cut; wait, the outbox keeps everything
 +-- StorageError             this machine: disk full or store damaged; free space, then go on
+|   +-- Postponed              this machine is busy or on battery; the task is tried again by itself
 +-- ProtocolError
 |   +-- LocalProtocolError     our own caller broke the order of messages; a bug on this side
 |   +-- RemoteProtocolError    the peer sent something malformed or out of order; refuse it
@@ -38,6 +39,11 @@ class LinkError(FleetError):
 
 class StorageError(FleetError):
     """The local store refused a write, most often because the disk is full."""
+
+
+class Postponed(StorageError):  # noqa: N818 - nothing went wrong
+    """Not now: the device's own policy asks to wait. Like a full disk it loses nothing: the task
+    stays unread and is tried again."""
 
 
 class ProtocolError(FleetError):

@@ -90,6 +90,6 @@ def quickest_dtype() -> torch.dtype:
 def _model(bundle: Path, means: Means) -> object:
     dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
     try:
-        return load_slm(bundle, memory_mb=means.memory_mb or None, dtype=dtype)
+        return load_slm(bundle, packed=means.memory_mb > 0, dtype=dtype)
     except WeightsError as exc:
         raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc

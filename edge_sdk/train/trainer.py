@@ -8,14 +8,15 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from edge_sdk.errors import DataError, FleetError
+from edge_sdk.errors import DataError, FleetError, Postponed
+from edge_sdk.train.checkpoint import Checkpoint
 from edge_sdk.train.lora import Adapter, Factors
 from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded
 
@@ -34,6 +35,9 @@ BALANCE = 0.5
 """Power of a device's own label shares that training takes out of the answer (0: none, 1: all).
 Devices see few of the labels; without this each learns to say its common ones, and their mean too.
 The shares stay on the device."""
+
+Gate = Callable[[], None]
+"""Called before each step; returns when it may be taken, or raises (`edge_sdk.train.policy`)."""
 
 CLIP_NORM = 1.0
 WARM_UP_SHARE = 0.1
@@ -66,6 +70,9 @@ def train_adapter(
     synthetic_weight: float = 0.0,
     balance: float = BALANCE,
     progress: Progress | None = None,
+    rows: int = 0,
+    checkpoint: Checkpoint | None = None,
+    gate: Gate | None = None,
 ) -> TrainResult:
     """Train the adapter from its present factors with CE(examples) + mu CE(synthetic).
 
@@ -74,9 +81,13 @@ def train_adapter(
     the examples is taken with `balance` times the log of the examples' label shares added to the
     labels' logits, so that the model learns what tells labels apart rather than their shares.
 
+    `rows` sequences go through the model at once (0: a whole step's), gradients add up: less
+    memory, the same step but for rounding. With a `checkpoint` a training that was cut off goes on
+    where it was, to the same factors bit for bit. `gate` is called before each step.
+
     Raises:
         DataError: no examples, or a label that is not of the task.
-        FleetError: the loss is no longer a number; lower lr.
+        FleetError: the loss is no longer a number; lower lr. Whatever `gate` raises.
 
     Source: client objective L_k of CrossLM (arXiv 2312.05842), PAPERS.md 1 (b); logit adjustment
     of Menon et al. (arXiv 2007.07314), under the label skew of federated clients
@@ -94,21 +105,41 @@ def train_adapter(
     offsets = _offsets(reader, [label for _, label in examples], balance)
     losses: list[float] = []
 
-    def loss_of_step() -> torch.Tensor:
-        rows = next(own_rows)
-        part = own.pick(rows)
+    def loss_of_step() -> torch.Tensor | Iterator[torch.Tensor]:
+        drawn = next(own_rows)
+        part, n = own.pick(drawn), len(drawn)
         if not given:
-            return _label_losses(adapter, part, offsets, len(rows)).mean()
+            if 0 < rows < n:
+                return _loss_in_parts(adapter, part, torch.full((n,), 1 / n), offsets, n, rows)
+            return _label_losses(adapter, part, offsets, n).mean()
         more = next(extra_rows)
         chosen = extra.pick(more)
         joined = Sequences(part.ids + chosen.ids, part.starts + chosen.starts)
-        both = _label_losses(adapter, joined, offsets, len(rows))
         share = weights[more]
-        mixed = (both[len(rows) :] * share).sum() / share.sum().clamp(min=1e-6)
-        return both[: len(rows)].mean() + synthetic_weight * mixed
+        total = share.sum().clamp(min=1e-6)
+        if 0 < rows < len(joined):
+            each = torch.cat([torch.full((n,), 1 / n), synthetic_weight * share / total])
+            return _loss_in_parts(adapter, joined, each, offsets, n, rows)
+        both = _label_losses(adapter, joined, offsets, n)
+        mixed = (both[n:] * share).sum() / total
+        return both[:n].mean() + synthetic_weight * mixed
+
+    def skip_step() -> None:
+        next(own_rows)
+        if given:
+            next(extra_rows)
 
     with short_attention(min(reader.max_tokens, max(map(len, own.ids + extra.ids)))):
-        for done, loss in enumerate(optimize(adapter, loss_of_step, steps=steps, lr=lr), start=1):
+        course = optimize(
+            adapter,
+            loss_of_step,
+            steps=steps,
+            lr=lr,
+            checkpoint=checkpoint,
+            skip_step=skip_step,
+            gate=gate,
+        )
+        for done, loss in enumerate(course, start=1):
             losses.append(loss)
             if progress is not None:
                 progress(done, steps, loss)
@@ -121,26 +152,68 @@ def train_adapter(
 
 
 def optimize(
-    adapter: Adapter, loss_of_step: Callable[[], torch.Tensor], *, steps: int, lr: float
+    adapter: Adapter,
+    loss_of_step: Callable[[], torch.Tensor | Iterable[torch.Tensor]],
+    *,
+    steps: int,
+    lr: float,
+    checkpoint: Checkpoint | None = None,
+    skip_step: Callable[[], None] | None = None,
+    gate: Gate | None = None,
 ) -> Iterator[float]:
     """Take `steps` AdamW steps on the adapter, yielding each step's loss.
 
+    The loss of a step may come in parts that sum to it; each part's graph is freed before the next
+    is asked for. With a `checkpoint`, steps it has are not taken again: their losses are yielded
+    and `skip_step` is called for each, to draw what the step would have drawn.
+
     Raises:
-        FleetError: the loss is no longer a number; lower lr.
+        FleetError: the loss is no longer a number; lower lr. Whatever `gate` raises.
     """
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in range(steps):
+    losses = checkpoint.restore(adapter, optimizer) if checkpoint else []
+    for loss in losses:
+        if skip_step is not None:
+            skip_step()
+        yield loss
+    for step in range(len(losses), steps):
+        _pass(gate, adapter, optimizer, losses, checkpoint)
         for group in optimizer.param_groups:
             group["lr"] = lr * _schedule(step, steps)
-        loss = loss_of_step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise FleetError(f"training diverged at step {step}: loss {value}; lower lr {lr}")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(_backward(loss_of_step(), step, lr))
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), CLIP_NORM)
         optimizer.step()
-        yield value
+        if checkpoint is not None:
+            checkpoint.after_step(adapter, optimizer, losses)
+        yield losses[-1]
+
+
+def _pass(
+    gate: Gate | None,
+    adapter: Adapter,
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    checkpoint: Checkpoint | None,
+) -> None:
+    if gate is None:
+        return
+    try:
+        gate()
+    except Postponed:
+        if checkpoint is not None and losses:
+            checkpoint.write(adapter, optimizer, losses)
+        raise
+
+
+def _backward(loss: torch.Tensor | Iterable[torch.Tensor], step: int, lr: float) -> float:
+    value = 0.0
+    for part in (loss,) if isinstance(loss, torch.Tensor) else loss:
+        value += float(part.detach())
+        if not math.isfinite(value):
+            raise FleetError(f"training diverged at step {step}: loss {value}; lower lr {lr}")
+        part.backward()  # type: ignore[no-untyped-call]
+    return value
 
 
 def shuffled_batches(n: int, batch: int, *, seed: int) -> Iterator[list[int]]:
@@ -191,7 +264,7 @@ def _label_losses(
     wanted = [t for i, row in enumerate(batch.ids) for t in row[batch.starts[i] :]]
     owner = torch.tensor(rows)
     logits = logits_at(adapter.model, padded(batch.ids), owner, torch.tensor(columns))
-    if offsets:
+    if offsets and adjusted:
         first = [
             j
             for j, (i, t) in enumerate(zip(rows, columns, strict=True))
@@ -203,3 +276,18 @@ def _label_losses(
         logits = logits + shift
     chosen = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(wanted)[:, None])[:, 0]
     return torch.zeros(len(batch)).index_add(0, owner, -chosen)  # (B,)
+
+
+def _loss_in_parts(
+    adapter: Adapter,
+    batch: Sequences,
+    each: torch.Tensor,
+    offsets: dict[int, float],
+    adjusted: int,
+    rows: int,
+) -> Iterator[torch.Tensor]:
+    """Sum of each * loss over the batch, `rows` sequences at a time."""
+    for start in range(0, len(batch), rows):
+        part = batch.pick(range(start, min(start + rows, len(batch))))
+        found = _label_losses(adapter, part, offsets, max(0, adjusted - start))
+        yield (found * each[start : start + rows]).sum()
