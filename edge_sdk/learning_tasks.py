@@ -5,31 +5,40 @@ what must survive goes back in `Handled`. No reply holds an example, a label of 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_sdk.calibration import fit_temperature, tempered
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import RuntimeFailure
-from edge_sdk.handled import CODEC, FEEDBACK, SYNTHETIC, Event, Handled, Recall
+from edge_sdk.handled import CODEC, FEEDBACK, OWN, SYNTHETIC, Event, Handled, Recall
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.wire.messages import (
     AdapterUpdate,
+    LogitRows,
     OfferData,
     Score,
     Scores,
     TextTask,
+    TopLogits,
     TrainAdapter,
     decode,
     encode,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from compression.codec import Compressor, FeedbackState
 
 logger = logging.getLogger(__name__)
+
+CALIBRATION_TEXTS = 200
+"""Held-out examples on which the temperature of a Score is fitted; more say little more."""
 
 
 class LearningDesk:
@@ -69,7 +78,7 @@ class LearningDesk:
         return offer if isinstance(offer, OfferData) else None
 
     def score(self, task: Score) -> Handled:
-        """Say how well each label fits its text, in [0, 1].
+        """Say how well each label fits its text, in [0, 1], no surer than held-out text bears out.
 
         Raises:
             RuntimeFailure: another release, a label of no task, or columns that differ in length.
@@ -79,9 +88,21 @@ class LearningDesk:
             raise RuntimeFailure("the task's texts and labels differ in number")
         if set(task.labels) - set(self._task.labels):
             raise RuntimeFailure("the task names labels that its text task does not have")
-        scores = self._models.running().score(task.texts, task.labels)
+        probs = tempered(self._label_probabilities(task.texts), self._temperature())
+        columns = [self._task.labels.index(label) for label in task.labels]
+        scores = probs[range(len(columns)), columns]
         bounded = tuple(min(1.0, max(0.0, float(score))) for score in scores)
         return Handled((Scores(task.task_id, bounded),))
+
+    def _temperature(self) -> float:
+        """How much too sure the running model is, by the newest of its held-out examples."""
+        known = [x for x in self._examples.held_out() if x.label in self._task.labels]
+        known = known[-CALIBRATION_TEXTS:]
+        probs = self._label_probabilities([x.text for x in known])
+        return fit_temperature(probs, [self._task.labels.index(x.label) for x in known])
+
+    def _label_probabilities(self, texts: Sequence[str]) -> "npt.NDArray[np.float32]":
+        return self._models.running().label_probabilities(list(texts), self._task)
 
     def train(self, order: TrainAdapter) -> Handled:
         """Train on this device's examples and return the encoded change.
@@ -103,7 +124,7 @@ class LearningDesk:
             raise RuntimeFailure("this device has no examples to train on")
         codec, feedback = self._codec(order)
         try:
-            from edge_sdk.train.local import Means, train_locally
+            from edge_sdk.train.local import Means, train_locally, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
         watch = Stopwatch()
@@ -144,7 +165,57 @@ class LearningDesk:
             peak_mb=peak_mb(),
         )
         self._tell({"event": "trained", "task": order.task_id, "bytes": len(encoded.data)})
-        return Handled((update,), {FEEDBACK: feedback.to_bytes(), CODEC: codec.to_bytes()})
+        remember = {FEEDBACK: feedback.to_bytes(), CODEC: codec.to_bytes()}
+        return Handled((update,), remember | {OWN: encode(with_change(order, change))})
+
+    def top_logits(self, task: TopLogits) -> Handled:
+        """Say what the adapter trained in the task's round finds likeliest on public texts.
+
+        Computed with the training model: no release holds that adapter, and what trains is here
+        already. It is the adapter before encoding, so rows say more than the update did.
+
+        Raises:
+            RuntimeFailure: another release, a round this device did not train in, columns that
+                differ in length, or no train extra.
+            DataError: a label of no task, or a text too long for this device.
+        """
+        held = self._models.require(task.release)
+        saved = self._recall(OWN)
+        own = decode(saved) if saved else None
+        if not isinstance(own, TrainAdapter) or own.round != task.round:
+            raise RuntimeFailure(f"this device did not train in round {task.round}")
+        if own.release != task.release or own.family != task.family:
+            raise RuntimeFailure(f"this device trained release {own.release}, not {task.release}")
+        if len(task.texts) != len(task.labels):
+            raise RuntimeFailure("the task's texts and labels differ in number")
+        try:
+            from edge_sdk.algorithms.logit_rows import pack
+            from edge_sdk.train.local import Means, rows_locally
+        except ImportError as exc:
+            raise RuntimeFailure("logits need the train extra, absent on this device") from exc
+        settings, watch = self._config.train, Stopwatch()
+        table, vocabulary = rows_locally(
+            own,
+            task,
+            Path(held.bundle),
+            self._task,
+            means=Means(settings.memory_mb, settings.threads, settings.max_tokens),
+            watch=watch,
+        )
+        truth, ids, logps = pack(table, vocabulary)
+        rows = LogitRows(
+            task_id=task.task_id,
+            round=task.round,
+            release=task.release,
+            places=table.places.digest,
+            kept=table.kept,
+            truth=truth,
+            ids=ids,
+            logps=logps,
+            seconds=watch.seconds,
+            peak_mb=peak_mb(),
+        )
+        return Handled((rows,))
 
     def _codec(self, order: TrainAdapter) -> "tuple[Compressor, FeedbackState]":
         from compression.codec import Compressor, FeedbackState

@@ -27,6 +27,7 @@ from edge_sdk.wire.messages import (
     Refused,
     Score,
     TextTask,
+    TopLogits,
     TrainAdapter,
 )
 
@@ -120,6 +121,8 @@ class TaskDesk:
                 return self._learning.train(message)
             case Score():
                 return self._learning.score(message)
+            case TopLogits():
+                return self._learning.top_logits(message)
             case _:
                 logger.warning("a %s is not for a device; ignored", type(message).__name__)
                 return Handled()

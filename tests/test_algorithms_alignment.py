@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from edge_sdk.algorithms.alignment import carry, dtw, greedy, merged, path_costs, warp
+from edge_sdk.algorithms.alignment import (
+    Align,
+    Targets,
+    carry,
+    dtw,
+    greedy,
+    merged,
+    path_costs,
+    warp,
+)
 from edge_sdk.algorithms.logit_rows import LogitTable, Places
 from edge_sdk.algorithms.vocabulary import (
     NONE,
@@ -53,6 +62,17 @@ def table_of(at: Places, vocabulary: int, kept: int, *, seed: int = 0) -> LogitT
     )
 
 
+def carried(
+    base: Places,
+    base_words: Vocabulary,
+    source: LogitTable,
+    source_words: Vocabulary,
+    align: Align = dtw,
+) -> Targets:
+    match = align(base, base_words, source.places, source_words)
+    return carry(base, source, mined_table(source_words, base_words), match)
+
+
 # --- MinED ----------------------------------------------------------------------------------------
 
 
@@ -84,7 +104,7 @@ def test_the_papers_example() -> None:
 
     base = places(small, (" we", "util", "ize"))
     source = table_of(places(large, (" we", "utilize")), len(large), 2)
-    targets = carry(base, small, source, large, mined_table(large, small))
+    targets = carried(base, small, source, large)
 
     assert targets.ids[1].tolist() == [0, 2] or targets.ids[1].tolist() == [2, 0]  # taught
     assert targets.mass[1].min() < 1.0
@@ -183,7 +203,7 @@ def test_equal_tokenizers_teach_exactly_what_they_say() -> None:
     table = mined_table(vocabulary, vocabulary)
 
     for align in (dtw, greedy):
-        targets = carry(at, vocabulary, source, vocabulary, table, align=align)
+        targets = carried(at, vocabulary, source, vocabulary, align)
 
         assert table.tolist() == list(range(len(vocabulary)))
         assert align(at, vocabulary, at, vocabulary).tolist() == list(range(len(at.tokens)))
@@ -202,7 +222,7 @@ def test_a_fallback_row_names_the_next_token_and_never_the_present_one() -> None
         places(source_words, ("a", "b", "cd", " ef", "a", "b", "x")), len(source_words), 3
     )
 
-    targets = carry(base, base_words, source, source_words, mined_table(source_words, base_words))
+    targets = carried(base, base_words, source, source_words)
 
     context = ["(start)", "ab", "cd", " ef", "ab"]  # what is read before each row
     text = ["ab", "cd", " ef", "ab", "x"]
@@ -238,10 +258,9 @@ def test_texts_of_another_number_teach_nothing() -> None:
     with pytest.raises(LocalProtocolError, match="1 texts cannot teach 2"):
         carry(
             places(vocabulary, ("a",), ("b",)),
-            vocabulary,
             source,
-            vocabulary,
             mined_table(vocabulary, vocabulary),
+            np.array([0, 0]),
         )
 
 

@@ -54,28 +54,22 @@ class Targets:
     mass: F32
 
 
-def carry(
-    base: Places,
-    base_words: Vocabulary,
-    source: LogitTable,
-    source_words: Vocabulary,
-    table: I32,
-    *,
-    align: Align | None = None,
-) -> Targets:
-    """The source's rows in the base's tokens; `table` maps source ids to base ids.
+def carry(base: Places, source: LogitTable, table: I32, match: I64) -> Targets:
+    """The source's rows in the base's tokens.
+
+    `table` maps source ids to base ids (MinED); `match` is `dtw` or `greedy` of the two.
 
     Raises:
-        LocalProtocolError: they are not about equally many texts.
+        LocalProtocolError: they are not about equally many texts, or `match` is of other places.
     """
-    if base.texts != source.texts:
+    if base.texts != source.texts or len(match) != len(base.tokens):
         raise LocalProtocolError(f"{source.texts} texts cannot teach {base.texts}")
-    match = (align or dtw)(base, base_words, source.places, source_words)
-    spoken = source.places.tokens[match]  # of places without match: any
-    good = (match != NONE) & (table[spoken] == base.tokens)
     n, k = len(base.tokens), source.kept
     ids, mass = np.zeros((n, k), np.int64), np.zeros((n, k), np.float32)
     ids[:, 0], mass[:, 0] = base.tokens, 1.0  # the fallback
+    matched = np.flatnonzero(match != NONE)
+    stands = table[source.places.tokens[match[matched]]] == base.tokens[matched]
+    good = matched[stands]
     rows = match[good]
     ids[good], mass[good] = merged(table[source.ids[rows]], np.exp(source.logps[rows], dtype="f4"))
     return Targets(base, ids, mass)

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
 from compression.errors import WeightsError
 from compression.int4_torch import load_slm
+from edge_sdk.algorithms.logit_rows import LogitTable
+from edge_sdk.algorithms.vocabulary import Vocabulary
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.measure import Stopwatch
-from edge_sdk.train import lora
+from edge_sdk.train import lora, teaching
 from edge_sdk.train.text_task import TaskReader
 from edge_sdk.train.trainer import Labelled, Progress, Weighted, train_adapter
-from edge_sdk.wire.messages import TextTask, TrainAdapter
+from edge_sdk.wire.messages import TextTask, TopLogits, TrainAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,52 @@ def train_locally(
             progress=progress,
         )
     return lora.delta(result.factors, start)
+
+
+def with_change(order: TrainAdapter, change: lora.Factors) -> TrainAdapter:
+    """The order as a record of what came of it: its adapter is the trained one, its codec empty.
+
+    Raises:
+        RemoteProtocolError: a trained value is beyond float16.
+    """
+    layout = lora.layout_of(change)
+    start = (
+        lora.from_bytes(order.adapter)
+        if order.adapter
+        else lora.start_factors(layout, order.adapter_seed)
+    )
+    trained = lora.to_bytes(lora.add(start, change))
+    return msgspec.structs.replace(order, adapter=trained, codec=b"")
+
+
+def rows_locally(
+    own: TrainAdapter,
+    task: TopLogits,
+    bundle: Path,
+    text_task: TextTask,
+    *,
+    means: Means,
+    watch: Stopwatch,
+) -> tuple[LogitTable, int]:
+    """What the trained adapter recorded in `own` says of the task's texts, and the vocabulary size.
+
+    Raises:
+        RuntimeFailure: the bundle's weights cannot be trained on.
+        DataError: a label of no task, or a whole text that is too long.
+    """
+    if means.threads:
+        torch.set_num_threads(means.threads)
+    with watch.stage("load"):
+        spec = lora.LoraSpec(rank=own.rank, alpha=own.alpha, targets=own.targets)
+        adapter = lora.Adapter(_model(bundle, means), spec)
+        adapter.load(lora.from_bytes(own.adapter))
+        reader = TaskReader.from_folder(text_task, bundle, max_tokens=means.max_tokens)
+    pairs = list(zip(task.texts, task.labels, strict=True))
+    rows = teaching.lesson_texts(reader, pairs, whole=task.whole)
+    vocabulary = len(Vocabulary.of(reader.tokenizer))
+    with watch.stage("logits"):
+        table = teaching.logit_table(adapter.model, rows, kept=task.kept, vocabulary=vocabulary)
+    return table, vocabulary
 
 
 def quickest_dtype() -> torch.dtype:
