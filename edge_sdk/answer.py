@@ -129,7 +129,7 @@ class Answer(Iterator[str]):
             raise
         except RuntimeError as exc:
             self.close()
-            raise RuntimeFailure(f"the model could not go on with its answer: {exc}") from exc
+            raise _failure(exc) from None
 
     def __enter__(self) -> "Answer":
         return self
@@ -215,9 +215,16 @@ def write_many(
             if generator.is_done() or all(strand.finish for strand in strands):
                 break
     except RuntimeError as exc:
-        raise RuntimeFailure(f"the model could not go on with its answers: {exc}") from exc
+        raise _failure(exc) from None
     for strand in strands:
         strand.end(stopped or "length")
+
+
+def _failure(exc: RuntimeError) -> RuntimeFailure:
+    # Only the first line, and not as a cause: genai goes on with the text of the answer, which
+    # must not come into a log.
+    reason = str(exc).partition("\n")[0][:200]
+    return RuntimeFailure(f"the model could not go on with its answer: {reason}")
 
 
 def _stopped(request: Request, started: float) -> Finish:

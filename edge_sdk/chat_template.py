@@ -4,6 +4,7 @@ Knows messages and Jinja. Does not know models or tokens.
 """
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class ChatTemplate:
         """
         self._source, self._specials = _read(folder)
         self._template: Any = None
+        self._lock = threading.Lock()
         self.stops: tuple[str, ...] = () if self._source else ("\nUser:",)
 
     @property
@@ -48,16 +50,25 @@ class ChatTemplate:
         _check(messages)
         if not self._source:
             return _plain(messages, answer)
-        if self._template is None:
-            from edge_sdk.jinja_sandbox import compile_template
-
-            self._template = compile_template(self._source)
-        text: str = self._template(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=answer,
-            **self._specials,
-        )
+        with self._lock:
+            self._template = self._template or _compiled(self._source)
+            text: str = self._template(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=answer,
+                **self._specials,
+            )
         return text
+
+
+def _compiled(source: str) -> Any:
+    try:
+        from edge_sdk.jinja_sandbox import compile_template
+    except ImportError as exc:
+        raise RuntimeFailure(
+            "this bundle's chat template needs the infer extra: pip install 'symbiont[infer]' "
+            f"({exc})"
+        ) from exc
+    return compile_template(source)
 
 
 def _read(folder: Path) -> tuple[str, dict[str, str]]:
@@ -92,5 +103,12 @@ def _check(messages: Messages) -> None:
 
 
 def _plain(messages: Messages, answer: bool) -> str:
-    lines = [f"{str(m['role']).capitalize()}: {m['content'].strip()}\n" for m in messages]
+    lines = []
+    for message in messages:
+        role, text = str(message["role"]), str(message["content"])
+        if role != "assistant":
+            text = text.strip()
+        # What the model wrote stays as it is, so that it need not be read again.
+        space = "" if text[:1].isspace() else " "
+        lines.append(f"{role.capitalize()}:{space}{text}\n")
     return "".join(lines) + ("Assistant:" if answer else "")

@@ -72,13 +72,13 @@ class Request:
                 f"unknown option {strange[0]!r}; known are {', '.join(sorted(known))}"
             )
         given: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-        if isinstance(stop := given.get("stop", ()), str):
-            stop = (stop,)
-        given["stop"] = tuple(stop)
-        if "schema" in given:
-            given["schema"] = grammar(given["schema"])
-        request = cls(**{"max_tokens": max_tokens, **given})
         try:
+            if isinstance(stop := given.get("stop", ()), str):
+                stop = (stop,)
+            given["stop"] = tuple(stop)
+            if "schema" in given:
+                given["schema"] = grammar(given["schema"])
+            request = cls(**{"max_tokens": max_tokens, **given})
             request._check()
         except TypeError as exc:
             raise RuntimeFailure(f"an option is of the wrong kind: {exc}") from exc

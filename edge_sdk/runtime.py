@@ -153,7 +153,9 @@ class SlmSession(WordLabels, AdapterUse):
         rows = [self._prompt_ids(prompt) for prompt in prompts]
         strands = [Strand(self._tokenizer, request.stop, self._ends) for _ in rows]
         started = time.perf_counter()
-        for batch in batches(rows, tokens=BATCH_TOKENS):
+        # A grammar that one row of a batch has come to the end of ends the others with an error.
+        tokens = 1 if request.schema else BATCH_TOKENS
+        for batch in batches(rows, tokens=tokens):
             width = max(len(rows[i]) for i in batch)
             limit = min(self.context, width + request.max_tokens)
             generator = self._model.generator(request, limit=limit, rows=len(batch))
