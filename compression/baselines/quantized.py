@@ -98,8 +98,9 @@ class Qsgd:
         flat = symbols.astype(np.int32).reshape(-1)[: values.size]
         model = entropy.ClassModel.of(flat)
         top = max(1, int(np.abs(flat).max(initial=0)))
-        head: bytes = np.array([top], "<u2").tobytes() + bytes([model.nonzero, model.fall])
-        return head + norm.astype("<f2").tobytes() + entropy.encode([flat], [model], top)
+        head = np.array([top], "<u2").tobytes() + bytes([model.nonzero, model.fall])
+        norms: bytes = norm.astype("<f2").tobytes()
+        return head + norms + entropy.encode([flat], [model], top)
 
     def decode(self, data: bytes, size: int) -> F32:
         """As `Baseline.decode`."""
