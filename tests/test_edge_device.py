@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.agent import EdgeDevice
+from edge_sdk.calibration import MIN_TEXTS, fit_temperature, tempered
 from edge_sdk.collect import Example
 from edge_sdk.errors import (
     ConfigError,
@@ -122,7 +123,13 @@ def test_the_whole_life_of_a_device(coordinator: Coordinator, device: EdgeDevice
         coordinator, device, Score("score-1", "a1", ("hello", "list this"), ("open", "list"))
     )
     assert isinstance(scores, Scores)
-    assert all(0 <= score <= 1 for score in scores.scores)
+    held_out = device._examples.held_out()
+    assert len(held_out) >= MIN_TEXTS
+    known = device.session.label_probabilities([x.text for x in held_out])
+    heat = fit_temperature(known, [TASK.labels.index(x.label) for x in held_out])
+    said = tempered(device.session.label_probabilities(["hello", "list this"]), heat)
+    assert np.allclose(scores.scores, [said[0, 0], said[1, 1]], atol=1e-5)  # open, list
+    assert heat != 1.0
 
 
 def test_what_does_not_fit_is_refused_with_a_reason(
