@@ -17,6 +17,8 @@ questions. No setting was chosen on what is measured.
 values stay) and the branch at 16 bits. `recovered` is the share of the lost bits per byte that came
 back, over both texts. Nothing packs int3 or 2:4 into that many bits for ONNX Runtime today: those
 rows hold the exact values in float32.
+
+`--models`, `--weights` measure a part; the other rows of the CSV files stay.
 """
 
 import os
@@ -37,7 +39,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edge_sdk.errors import FleetError
 from examples.data.corpus import CorpusError
-from examples.eora_lab import FIELDS, SCHEMES, SPEED_FIELDS, Row, Settings, cell, speed, train_task
+from examples.eora_lab import (
+    FIELDS,
+    SCHEMES,
+    SPEED_FIELDS,
+    TASK_FIELDS,
+    Row,
+    Settings,
+    speed,
+    task_cell,
+    text_cell,
+    train_task,
+)
 from examples.models import ModelError
 
 ROOT = Path(__file__).resolve().parent
@@ -59,9 +72,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=JOBS, help=f"processes, of one thread each; default: {JOBS}")
     add("--out", type=Path, help="the CSV; default: examples/results/eora.csv")
     add("--quick", action="store_true", help="slm-a, three compressions, rank 8, no task")
-    add("--no-task", action="store_true", help="leave TREC out")
-    add("--speed-only", action="store_true", help="only the branch's size and latency")
-    add("--no-speed", action="store_true", help="leave size and latency out")
+    add("--no-task", dest="task", action="store_false", help="leave TREC out")
+    add("--what", default="all", choices=("all", "quality", "speed"), help="default: all")
     args = parser.parse_args(argv)
     args.models = _names(parser, args.models, MODELS, ("slm-a",) if args.quick else MODELS)
     args.weights = _names(parser, args.weights, SCHEMES, QUICK if args.quick else SCHEMES)
@@ -72,6 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as exc:
         parser.error(f"--ranks: {exc}")
     name = "eora-quick.csv" if args.quick else "eora.csv"
+    args.task = args.task and not args.quick
     args.out = args.out or ROOT / "results" / name
     return args
 
@@ -91,9 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if not args.speed_only:
-            write(args.out, FIELDS, measure(args))
-        if not args.no_speed:
+        if args.what != "speed":
+            measure(args)
+        if args.what != "quality":
             rows = [row for model in args.models for row in speed(model, args.ranks)]
             write(args.out.with_name(args.out.stem + "-speed.csv"), SPEED_FIELDS, rows)
             print("\n" + table(rows, SPEED_FIELDS))
@@ -103,33 +116,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace) -> list[Row]:
-    """Measure all cells, writing what there is after each; prints them as they come."""
-    settings = Settings(args.data, args.ranks, windows=8 if args.quick else 24)
-    trained: dict[str, Path | None] = dict.fromkeys(args.models)
-    if not (args.quick or args.no_task):
-        trained |= {model: train_task(model, settings) for model in args.models}
-    order = [(model, weights) for weights in args.weights for model in args.models]
-    found: dict[tuple[str, str], list[Row]] = {}
-    begun = time.monotonic()
+def measure(args: argparse.Namespace) -> None:
+    """Measure all cells; each goes into its CSV file when it is done, and is printed."""
+    settings = Settings(args.data, args.ranks)
+    if args.task:
+        for model in args.models:  # before the processes start, so that each is trained once
+            train_task(model, settings)
+    begun, done = time.monotonic(), 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        work = {pool.submit(cell, m, w, settings, trained[m]): (m, w) for m, w in order}
-        for done in as_completed(work):
-            found[work[done]] = done.result()
-            rows = [row for key in order if key in found for row in found[key]]
-            write(args.out, FIELDS, rows)
-            minutes = (time.monotonic() - begun) / 60
-            print(f"\n{len(found)}/{len(order)}, {minutes:.1f} min")
-            print(table(found[work[done]], FIELDS), flush=True)
-    return rows
+        work = {}
+        for weights in args.weights:
+            for model in args.models:
+                work[pool.submit(text_cell, model, weights, settings)] = (args.out, FIELDS)
+                if args.task:
+                    out = args.out.with_name(args.out.stem + "-trec.csv")
+                    work[pool.submit(task_cell, model, weights, settings)] = (out, TASK_FIELDS)
+        for future in as_completed(work):
+            (path, fields), rows, done = work[future], future.result(), done + 1
+            write(path, fields, rows)
+            print(f"\n{done}/{len(work)}, {(time.monotonic() - begun) / 60:.1f} min")
+            print(table(rows, fields), flush=True)
 
 
 def write(path: Path, fields: Sequence[str], rows: Sequence[Row]) -> None:
-    """The rows as CSV, replacing what was there."""
+    """Put the rows into the CSV; those of the same models and weights there are replaced."""
+
+    def cell(row: Row) -> tuple[str, str]:
+        return row["model"], row.get("weights", "")
+
+    kept: list[Row] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if cell(row) not in set(map(cell, rows))]
+    names = list(SCHEMES)
+    ordered = sorted(
+        [*kept, *rows],
+        key=lambda r: (r["model"], names.index(r["weights"]) if "weights" in r else 0),
+    )
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(ordered)
 
 
 def table(rows: Sequence[Row], fields: Sequence[str]) -> str:

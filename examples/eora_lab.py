@@ -48,20 +48,22 @@ ROOT = Path(__file__).resolve().parent
 Row = dict[str, str]
 LENGTH = 256
 """Tokens of a window, those of pretraining."""
-HELD_OUT = 20
-"""Windows measured per text: about 5,000 tokens; all arms read the same ones."""
+HELD_OUT = 16
+"""Windows measured per text: about 4,000 tokens; all arms read the same ones."""
 MOST_BYTES = 6
 """Bytes of text read for each token wanted; the tokenizer makes one of about four."""
 SKETCH = 64
 """Columns that a device sends instead of C in the rows "one pass, sketch"."""
-TRAINING = LoraSpec(8, 16.0, tuple("q k v o gate up down".split()))  # noqa: SIM905
+RANK, ALPHA = 8, 16.0
+"""Of the adapter that learns the task before it is merged."""
 TASK_STEPS = {"slm-a": 300, "llm": 150}
 SEED = 20261121
 
 FIELDS = (
     "model", "weights", "branch", "rank", "bits_per_weight", "wikitext2_bpb", "wikitext2_se",
-    "requests_bpb", "recovered", "trec_accuracy", "trec_nats",
+    "requests_bpb", "recovered",
 )  # fmt: skip
+TASK_FIELDS = ("model", "weights", "branch", "rank", "bits_per_weight", "accuracy", "nats")
 SPEED_FIELDS = ("model", "rank", "bundle_kb", "branch_kb", "ms_per_token", "times_base")
 
 
@@ -115,8 +117,11 @@ SCHEMES = {
 class Lab:
     """One reference model, its texts, and its weights under one compression."""
 
-    def __init__(self, name: str, scheme: Scheme, settings: Settings, trained: Path | None) -> None:
+    def __init__(
+        self, name: str, scheme: Scheme, settings: Settings, trained: Path | None = None
+    ) -> None:
         torch.set_num_threads(1)
+        transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.scheme, self.settings = scheme, settings
         self.folder = materialize(name)
@@ -283,7 +288,8 @@ def questions(settings: Settings, part: str) -> list[tuple[str, str]]:
 def train_task(name: str, settings: Settings) -> Path:
     """The weights of model `name` trained on TREC, merged; made once and kept in the cache."""
     sums = (ROOT / "models" / name / SUMS).read_bytes()
-    key = hashlib.sha256(sums + repr((TRAINING, TASK_STEPS[name], SEED)).encode()).hexdigest()
+    settled = repr((RANK, ALPHA, TASK_STEPS[name], SEED)).encode()
+    key = hashlib.sha256(sums + settled).hexdigest()
     path = cache_folder().parent / "eora" / f"{name}-trec-{key[:16]}.safetensors"
     if path.is_file():
         return path
@@ -291,7 +297,8 @@ def train_task(name: str, settings: Settings) -> Path:
     folder = materialize(name)
     model = load(folder)
     kept = {n: model.get_submodule(n).weight.detach().clone() for n in linears(model)}
-    adapter = Adapter(model, LoraSpec(TRAINING.rank, TRAINING.alpha, _targets(kept)))
+    targets = tuple(sorted({n.rpartition(".")[2] for n in kept}))
+    adapter = Adapter(model, LoraSpec(RANK, ALPHA, targets))
     adapter.load(start_factors(adapter.layout, SEED))
     reader = TaskReader.from_folder(TASKS["trec"].text_task(), folder)
     found = train_adapter(
@@ -300,16 +307,12 @@ def train_task(name: str, settings: Settings) -> Path:
     )  # fmt: skip
     for n, W in kept.items():
         A, B = (torch.from_numpy(found.factors[f"{n}.lora_{side}"]) for side in "AB")
-        W += TRAINING.scale * (B @ A)
+        W += adapter.spec.scale * (B @ A)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
         save_file({f"{n}.weight": W for n, W in kept.items()}, draft.name)
     Path(draft.name).rename(path)
     return path
-
-
-def _targets(names: Sequence[str] | dict[str, Any]) -> tuple[str, ...]:
-    return tuple(sorted({name.rsplit(".", 1)[1] for name in names}))
 
 
 def task_scores(lab: Lab, examples: Sequence[tuple[str, str]]) -> tuple[float, float]:
@@ -324,69 +327,62 @@ def task_scores(lab: Lab, examples: Sequence[tuple[str, str]]) -> tuple[float, f
 
 # ---- a cell
 
+Found = dict[tuple[str, int], Any]
 
-def cell(name: str, weights: str, settings: Settings, trained: Path | None) -> list[Row]:
-    """The rows of one model under one compression."""
-    transformers.logging.set_verbosity_error()
-    lab = Lab(name, SCHEMES[weights], settings, None)
+
+def text_cell(name: str, weights: str, settings: Settings) -> list[Row]:
+    """Bits per byte of one model under one compression, without and with every branch."""
+    lab = Lab(name, SCHEMES[weights], settings)
     lab.own_texts = requests("dolly_public.jsonl.xz")
     texts = (lab.wikitext("valid"), requests("dolly_devices.jsonl.xz", "heldout"))
     held = [windows(lab.tokenizer, text, HELD_OUT) for text in texts]
-    whole = [bits_per_byte(lab.model, *text) for text in held]
-    lab.shrink()
-    found: dict[tuple[str, int], list[F64]] = {}
-    for kind, rank, make in lab.arms(task=False):
-        with branches_on(lab.model, make()):
-            found[kind, rank] = [bits_per_byte(lab.model, *text) for text in held]
-    tasks = _task_cell(name, weights, settings, trained) if trained else {}
-    found = {("(uncompressed)", 0): whole, **found}
-    return [_row(name, weights, key, found, tasks, lab) for key in found]
+    found = _every_arm(lab, lambda: [bits_per_byte(lab.model, *text) for text in held])
+    whole, none = (np.mean(np.concatenate(found[key])) for key in (WHOLE, NONE))
+    rows = []
+    for key, (wiki, asked) in found.items():
+        paired, here = wiki - found[NONE][0], np.mean(np.concatenate(found[key]))
+        rows.append(
+            _row(name, weights, key, lab)
+            | {
+                "wikitext2_bpb": f"{wiki.mean():.4f}",
+                "wikitext2_se": f"{paired.std(ddof=1) / math.sqrt(len(paired)):.4f}",
+                "requests_bpb": f"{asked.mean():.4f}",
+                "recovered": f"{(none - here) / (none - whole):.0%}" if none - whole > 5e-4 else "",
+            }
+        )
+    return rows
 
 
-def _task_cell(
-    name: str, weights: str, settings: Settings, trained: Path
-) -> dict[tuple[str, int], tuple[float, float]]:
-    lab = Lab(name, SCHEMES[weights], settings, trained)
+def task_cell(name: str, weights: str, settings: Settings) -> list[Row]:
+    """TREC with one model trained on it, under one compression."""
+    lab = Lab(name, SCHEMES[weights], settings, train_task(name, settings))
     task = TASKS["trec"]
     train, test = (questions(settings, part) for part in ("train", "test"))
-    lab.own_texts = [
-        f"{task.text_task().prompt.format(text=text)} {task.labels[label]}\n"
-        for text, label in train
+    prompt = task.text_task().prompt
+    lab.own_texts = [f"{prompt.format(text=x)} {task.labels[label]}\n" for x, label in train]
+    found = _every_arm(lab, lambda: task_scores(lab, test), task=True)
+    return [
+        _row(name, weights, key, lab) | {"accuracy": f"{right:.3f}", "nats": f"{nats:.4f}"}
+        for key, (right, nats) in found.items()
     ]
-    found = {("(uncompressed)", 0): task_scores(lab, test)}
+
+
+WHOLE, NONE = ("(uncompressed)", 0), ("none", 0)
+
+
+def _every_arm(lab: Lab, measure: Callable[[], Any], *, task: bool = False) -> Found:
+    found: Found = {WHOLE: measure()}
     lab.shrink()
-    for kind, rank, make in lab.arms(task=True):
+    for kind, rank, make in lab.arms(task=task):
         with branches_on(lab.model, make()):
-            found[kind, rank] = task_scores(lab, test)
+            found[kind, rank] = measure()
     return found
 
 
-def _row(
-    name: str,
-    weights: str,
-    key: tuple[str, int],
-    found: dict[tuple[str, int], list[F64]],
-    tasks: dict[tuple[str, int], tuple[float, float]],
-    lab: Lab,
-) -> Row:
-    wiki, asked = found[key]
-    whole, none = (np.mean(np.concatenate(found[k, 0])) for k in ("(uncompressed)", "none"))
-    lost, here = none - whole, np.mean(np.concatenate(found[key])) - whole
-    paired = wiki - found["none", 0][0]
-    row = {
-        "model": name,
-        "weights": weights,
-        "branch": key[0],
-        "rank": str(key[1]),
-        "bits_per_weight": "32" if key[0] == "(uncompressed)" else f"{lab.bits(key[1]):.2f}",
-        "wikitext2_bpb": f"{wiki.mean():.4f}",
-        "wikitext2_se": f"{paired.std(ddof=1) / math.sqrt(len(paired)):.4f}",
-        "requests_bpb": f"{asked.mean():.4f}",
-        "recovered": f"{1 - here / lost:.0%}" if lost > 1e-4 else "",
-    }
-    if key in tasks:
-        row |= {"trec_accuracy": f"{tasks[key][0]:.3f}", "trec_nats": f"{tasks[key][1]:.4f}"}
-    return row
+def _row(name: str, weights: str, key: tuple[str, int], lab: Lab) -> Row:
+    bits = "32" if key == WHOLE else f"{lab.bits(key[1]):.2f}"
+    found = {"model": name, "weights": weights, "branch": key[0], "rank": str(key[1])}
+    return found | {"bits_per_weight": bits}
 
 
 # ---- size and latency, in the runtime that devices use
