@@ -20,6 +20,7 @@ import numpy.typing as npt
 import onnx
 
 from edge_sdk.errors import ExportError
+from exporters.lora_inputs import places
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,16 @@ DEFAULT_TEXT = (
     "then say in a sentence how you know.",
 )
 """Text for a model exported without any of its own; written for this file."""
+
+MODEL_FILE = "model.onnx"
+"""The graph that agrees with torch: every position's logits, a slot for an adapter per linear."""
+ANSWER_FILE = "answer.onnx"
+"""The fastest: the logits after each text's last token, no slots."""
+ADAPTED_FILE = "answer_adapted.onnx"
+"""The logits after each text's last token, with slots."""
+
+ROUNDING = 1e-4
+"""Relative difference between one row's products and the same row's among many."""
 
 MAX_TOKENS = 128
 """Tokens per text: long enough to leave the first-token regime, short enough for the demo."""
@@ -107,8 +118,31 @@ def check_parity(
             f"{limits.greedy_agreement:.0%}); the worst layer is {worst} (error {error:.4f}); "
             "export with accuracy_level 1, or report this model"
         )
+    check_answers(bundle_dir, session, batches)
     logger.info("parity: %s", parity)
     return parity
+
+
+def check_answers(bundle_dir: Path, session: Any, batches: Sequence[npt.NDArray[np.int64]]) -> None:
+    """Compare the bundle's quick graphs with the last position of `session`, that of model.onnx.
+
+    Raises:
+        ExportError: one is missing, or its logits differ by more than rounding.
+    """
+    for name in (ANSWER_FILE, ADAPTED_FILE):
+        try:
+            quick = open_session(bundle_dir, file=name)
+        except Exception as exc:  # onnxruntime raises its own, unexported classes
+            raise ExportError(f"{bundle_dir / name} cannot be loaded: {exc}") from exc
+        for ids in batches:
+            feed = empty_cache_feed(bundle_dir, quick, ids)
+            whole, last = session.run(["logits"], feed)[0], quick.run(["logits"], feed)[0]
+            error = relative(_centred(last[:, 0]), _centred(whole[:, -1]))
+            if last.shape[1] != 1 or not error <= ROUNDING:
+                raise ExportError(
+                    f"{name} gives other logits than model.onnx: relative error {error:.2e}, "
+                    f"limit {ROUNDING:g}; export again, and report it if it stays"
+                )
 
 
 def tokenize(bundle_dir: Path, texts: Sequence[str]) -> list[npt.NDArray[np.int64]]:
@@ -127,16 +161,18 @@ def tokenize(bundle_dir: Path, texts: Sequence[str]) -> list[npt.NDArray[np.int6
     return batches
 
 
-def open_session(bundle_dir: Path, extra_outputs: Sequence[str] = ()) -> Any:
-    """An onnxruntime session of the bundle's graph, which may also return inner values by name."""
+def open_session(
+    bundle_dir: Path, extra_outputs: Sequence[str] = (), *, file: str = MODEL_FILE
+) -> Any:
+    """An onnxruntime session of a bundle's graph, which may also return inner values by name."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2  # the demo's machine; parity does not depend on it
     options.log_severity_level = 3
     if not extra_outputs:
-        return ort.InferenceSession(str(bundle_dir / "model.onnx"), options)
-    graph = onnx.load(str(bundle_dir / "model.onnx"), load_external_data=False)
+        return ort.InferenceSession(str(bundle_dir / file), options)
+    graph = onnx.load(str(bundle_dir / file), load_external_data=False)
     for name in extra_outputs:
         graph.graph.output.append(onnx.ValueInfoProto(name=name))
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -170,7 +206,8 @@ def worst_layer(bundle_dir: Path, model: Any, ids: npt.NDArray[np.int64]) -> tup
     """
     import torch
 
-    linears = _graph_linears(bundle_dir)
+    graph = onnx.load(str(bundle_dir / MODEL_FILE), load_external_data=False)
+    linears = places(graph)
     seen: dict[str, tuple[F32, F32]] = {}
     hooks = []
     for name in linears:
@@ -185,14 +222,16 @@ def worst_layer(bundle_dir: Path, model: Any, ids: npt.NDArray[np.int64]) -> tup
     finally:
         for hook in hooks:
             hook.remove()
-    names = list(dict.fromkeys(edge for pair in linears.values() for edge in pair))
+    names = list(dict.fromkeys(edge for at in linears.values() for edge in (at.x, at.y)))
     session = open_session(bundle_dir, names)
     values = dict(
         zip(names, session.run(names, empty_cache_feed(bundle_dir, session, ids)), strict=True)
     )
     added = {}
-    for name, (x, y) in linears.items():
-        came, left = (relative(values[e][0], t) for e, t in zip((x, y), seen[name], strict=True))
+    for name, at in linears.items():
+        given, made = seen[name]
+        came = relative(values[at.x][0], given)
+        left = relative(values[at.y][0][:, at.start : at.stop], made)
         added[name] = (left - came, left)
     worst = max(added, key=lambda name: added[name][0])
     return worst, added[worst][1]
@@ -215,20 +254,6 @@ def _few_threads(model: Any) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _graph_linears(bundle_dir: Path) -> dict[str, tuple[str, str]]:
-    # {Hugging Face linear name: (its input's name, its output's name)}, by the LoRA slots.
-    graph = onnx.load(str(bundle_dir / "model.onnx"), load_external_data=False).graph
-    outputs = {node.name: node.output[0] for node in graph.node}
-    return {
-        node.input[1].removesuffix(".lora_A"): (
-            node.input[0],
-            outputs[node.name.removesuffix("lora_A") + "lora_add"],
-        )
-        for node in graph.node
-        if node.op_type == "MatMul" and node.input[1].endswith(".lora_A")
-    }
 
 
 def _centred(logits: F32) -> F32:

@@ -4,8 +4,9 @@ Knows onnxruntime-genai's model builder and what a bundle folder holds. Does not
 adapters' contents or who trained the model.
 
 The folder loads unchanged in onnxruntime-genai, onnxruntime and transformers' tokenizer and
-config loaders: model.onnx with one data file, genai_config.json, config.json, the tokenizer's
-files, weights.json (compression.int4), golden.json (exporters.golden) and symbiont.json.
+config loaders: model.onnx with one data file, two quicker graphs over the same data
+(answer.onnx, and answer_adapted.onnx with adapters), genai_config.json, config.json, the
+tokenizer's files, weights.json (compression.int4), golden.json and symbiont.json.
 """
 
 import hashlib
@@ -28,14 +29,20 @@ from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, encode_manife
 from edge_sdk.wire.messages import TextTask
 from exporters.bundle import check_names, file_entries
 from exporters.golden import write_golden
+from exporters.last_row import keep_last_row
 from exporters.lora_inputs import add_lora_inputs
-from exporters.parity import ParityLimits, check_parity
+from exporters.parity import (
+    ADAPTED_FILE,
+    ANSWER_FILE,
+    MODEL_FILE,
+    ParityLimits,
+    check_parity,
+)
 from exporters.quiet import quiet
 from exporters.weights_index import layer_linears, write_index
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILE = "model.onnx"
 RANK_MAX = 64
 """Largest adapter rank a release promises to take; the graph itself has no limit."""
 
@@ -165,8 +172,8 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 def _build(model_dir: Path, folder: Path, options: SlmOptions) -> None:
     settings = {
-        "fuse_qkv": False,  # an adapter is trained per projection
-        "fuse_mlp_gate_up": False,
+        "fuse_qkv": True,  # fewer, larger products; an adapter still has a slot per projection
+        "fuse_mlp_gate_up": True,
         "windowed_kv_cache": False,  # every layer keeps its whole context, as torch does
         "shared_embeddings": _is_tied(model_dir),
         "matmul_mixed_precision": f"last_matmul:int{options.embedding_bits}",
@@ -195,12 +202,21 @@ def _finish_graph(model_dir: Path, folder: Path, options: SlmOptions) -> dict[st
     _mend_shared_embedding(graph)
     parameters, hf_linears = _torch_names(model_dir)
     linears = layer_linears(graph, hf_linears)
+    _write_answer_graph(graph, folder / ANSWER_FILE)
     slots = add_lora_inputs(graph, linears)
+    _write_answer_graph(graph, folder / ADAPTED_FILE)
     write_index(
         folder, graph, linears, parameters, _Checkpoint(model_dir).read, tied=_is_tied(model_dir)
     )
     onnx.save(graph, str(folder / MODEL_FILE))
     return slots
+
+
+def _write_answer_graph(graph: onnx.ModelProto, path: Path) -> None:
+    cut = onnx.ModelProto()
+    cut.CopyFrom(graph)
+    keep_last_row(cut)
+    onnx.save(cut, str(path))
 
 
 def _mend_shared_embedding(graph: onnx.ModelProto) -> None:

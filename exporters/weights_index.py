@@ -28,6 +28,12 @@ _LAYER = re.compile(r"/layers\.(\d+)/(?:.*/)?(\w+)/MatMul(?:_Q\d|NBits)?$")
 _BUILDERS_NAME = {"dense": "o_proj"}
 """Hugging Face's last name of a linear layer -> the builder's, where they differ (Phi)."""
 
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""The builder's name of a matrix with the rows of several linear layers -> theirs, in order."""
+
 _HF_LAYER = re.compile(r"\.(?:layers|h)\.(\d+)\.(?:.*\.)?(\w+)$")
 
 F32 = npt.NDArray[np.float32]
@@ -35,39 +41,41 @@ F32 = npt.NDArray[np.float32]
 
 def layer_linears(
     model: onnx.ModelProto, hf_linears: Mapping[str, tuple[int, int]]
-) -> dict[str, Linear]:
-    """Match every quantized linear layer of the decoder layers to its Hugging Face name.
+) -> dict[str, tuple[Linear, ...]]:
+    """Match the rows of every quantized matrix of the decoder layers to Hugging Face's layers.
 
-    `hf_linears` maps names such as "model.layers.0.self_attn.q_proj" to (out, in). Returns
-    {node name: Linear}.
+    `hf_linears` maps names such as "model.layers.0.self_attn.q_proj" to (out, in). Returns, by node
+    name, the layers whose rows the node holds, in order.
 
     Raises:
-        ExportError: a layer was fused, left out, or has another shape than the model's.
+        ExportError: a layer was left out, fused in a way not known here, or has another shape.
     """
     by_place = {}
-    for name, shape in hf_linears.items():
+    for name, (out, width) in hf_linears.items():
         match = _HF_LAYER.search(name)
         if match:
             leaf = _BUILDERS_NAME.get(match[2], match[2])
-            by_place[(int(match[1]), leaf)] = (name, shape)
-    found: dict[str, Linear] = {}
+            by_place[(int(match[1]), leaf)] = Linear(name, out, width)
+    found: dict[str, tuple[Linear, ...]] = {}
     for node in model.graph.node:
         match = _LAYER.search(node.name)
         if node.op_type != "MatMulNBits" or match is None:
             continue
-        name, shape = by_place.pop((int(match[1]), match[2]), ("", (0, 0)))
+        layer, leaf = int(match[1]), match[2]
+        leaves = (leaf,) if (layer, leaf) in by_place else _FUSED.get(leaf, ())
+        parts = tuple(by_place.pop((layer, name), Linear("", 0, 0)) for name in leaves)
         sizes = _integers(node)
-        if not name or shape != (sizes["N"], sizes["K"]):
+        fits = sum(part.out_features for part in parts) == sizes["N"]
+        if not fits or any(part.in_features != sizes["K"] for part in parts):
             raise ExportError(
                 f"the graph's {node.name} ({sizes['N']} x {sizes['K']}) is no linear layer of the "
                 "model; this architecture's layers are fused or renamed by the builder"
             )
-        found[node.name] = Linear(node.name, name, *shape)
+        found[node.name] = parts
     if by_place:
-        name, _ = next(iter(by_place.values()))
         raise ExportError(
-            f"the linear layer {name} has no int4 node of its own in the graph; this "
-            "architecture's layers are fused or left unquantized by the builder"
+            f"the linear layer {next(iter(by_place.values())).name} has no int4 rows in the graph; "
+            "this architecture's layers are fused or left unquantized by the builder"
         )
     return found
 
@@ -75,7 +83,7 @@ def layer_linears(
 def write_index(
     folder: Path,
     model: onnx.ModelProto,
-    linears: Mapping[str, Linear],
+    linears: Mapping[str, tuple[Linear, ...]],
     parameters: Mapping[str, tuple[int, ...]],
     tensor: Callable[[str], F32],
     *,
@@ -96,12 +104,16 @@ def write_index(
         if node.op_type != "MatMulNBits":
             continue
         if node.name in linears:
-            name = f"{linears[node.name].name}.weight"
+            start = 0
+            for linear in linears[node.name]:
+                stop = start + linear.out_features
+                entries[f"{linear.name}.weight"] = _blockwise(node, spans, start, stop)
+                start = stop
         elif "/lm_head/" in node.name:
-            name = head = "lm_head.weight"
+            head = "lm_head.weight"
+            entries[head] = _blockwise(node, spans, 0, _integers(node)["N"])
         else:
             raise ExportError(f"the graph's {node.name} belongs to no weight of the model")
-        entries[name] = _blockwise(node, spans)
     table = next((n for n in parameters if n.endswith("embed_tokens.weight")), "")
     shared = any(node.op_type == "GatherBlockQuantized" for node in model.graph.node)
     if tied and shared and head:
@@ -149,17 +161,26 @@ def _spans(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _blockwise(node: onnx.NodeProto, spans: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _blockwise(
+    node: onnx.NodeProto, spans: Mapping[str, tuple[int, int]], start: int, stop: int
+) -> dict[str, Any]:
+    """The entry of rows start..stop of a node's matrix; rows lie one after the other."""
     sizes = _integers(node)
+
+    def rows(name: str) -> list[int]:
+        offset, length = spans[name]
+        width = length // sizes["N"]  # bytes of a row
+        return [offset + start * width, (stop - start) * width]
+
     zero_points = node.input[3] if len(node.input) > 3 else ""
     return {
         "kind": "blockwise",
         "bits": sizes["bits"],
         "block": sizes["block_size"],
-        "shape": [sizes["N"], sizes["K"]],
-        "packed": list(spans[node.input[1]]),
-        "scales": [*spans[node.input[2]], "float32"],
-        "zero_points": list(spans[zero_points]) if zero_points else None,
+        "shape": [stop - start, sizes["K"]],
+        "packed": rows(node.input[1]),
+        "scales": [*rows(node.input[2]), "float32"],
+        "zero_points": rows(zero_points) if zero_points else None,
     }
 
 
