@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from edge_sdk.errors import ExportError
+from exporters import eora_commands
 
 Parsers = argparse._SubParsersAction  # argparse offers no public name for it
 
@@ -17,7 +18,8 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
 def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
-    """Add `export` to the command line."""
+    """Add `export` and `eora` to the command line."""
+    eora_commands.register(subparsers)
     parser = subparsers.add_parser(
         "export",
         help="turn a trained model into a bundle for devices",
