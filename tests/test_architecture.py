@@ -46,6 +46,7 @@ MAY_IMPORT_TORCH = (
     "compression.int4_layers",
     "compression.eora_torch",
     "compression.cg_fedllm",
+    "compression.ddp",
     "compression.baselines",
     "exporters",
     "coordinator",
