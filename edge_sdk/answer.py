@@ -12,16 +12,13 @@ import numpy as np
 
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Request
-from edge_sdk.prompts import Tokens
+from edge_sdk.prompts import READ_TOKENS, Tokens
 from edge_sdk.stops import StopFilter
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Finish = Literal["", "stop", "length", "time", "cancelled"]
-
-READ_TOKENS = 512
-"""Prompt tokens read at once: `time_s` and `cancel` are looked at between such steps."""
 
 
 class Strand:

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from edge_sdk.errors import DigestError, FleetError, RuntimeFailure
+from edge_sdk.prompts import READ_TOKENS
 from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 
 CONFIG_FILE = "genai_config.json"
-OVERHEAD_MB = 64
-"""What the runtime itself, its arenas and the tokenizer take, about; measured with a 3 MB model."""
+READ_FILES = (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""Files that decide how text is read; none of them may be added to a bundle."""
+OVERHEAD_MB = 40
+"""What arenas, tokenizer and small buffers take, about; measured with a 3 MB and a 98 MB bundle."""
+WEIGHT_COPIES = 2
+"""The file, mapped into memory, and the same weights packed for the processor's kernels."""
 _F32_BYTES = 4
 
 
@@ -39,10 +44,12 @@ class BundleFiles:
             raise RuntimeFailure(f"{folder} is not a model bundle: it has no {CONFIG_FILE}")
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            int(settings["model"]["context_length"])
+            files = cls(folder, settings, _manifest(folder))
+            if min(files.context, files.token_bytes(), int(settings["model"]["vocab_size"])) < 1:
+                raise ValueError("a size in it is below 1")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
             raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {path}: {exc}") from exc
-        return cls(folder, settings, _manifest(folder))
+        return files
 
     @property
     def context(self) -> int:
@@ -62,9 +69,16 @@ class BundleFiles:
         A bundle without a manifest has nothing to be compared with.
 
         Raises:
-            DigestError: a file is gone or altered; names it.
+            DigestError: a file is gone, altered or added; names it.
         """
-        for name, entry in (self.manifest.files if self.manifest else {}).items():
+        files = self.manifest.files if self.manifest else {}
+        for name in READ_FILES if files else ():
+            if name not in files and (self.folder / name).exists():
+                raise DigestError(
+                    f"{self.folder / name} is no part of the bundle: {MANIFEST_FILE} does not name "
+                    "it; remove it or install the bundle anew"
+                )
+        for name, entry in files.items():
             path = self.folder / name
             try:
                 with path.open("rb") as file:
@@ -81,16 +95,18 @@ class BundleFiles:
         """Bytes of attention cache that one token of context takes."""
         decoder = self.settings["model"]["decoder"]
         heads, size = decoder["num_key_value_heads"], decoder["head_size"]
-        return int(2 * decoder["num_hidden_layers"] * heads * size * _F32_BYTES)
+        return 2 * int(decoder["num_hidden_layers"]) * int(heads) * int(size) * _F32_BYTES
 
     def check_memory(self, memory_mb: float, context: int) -> None:
-        """Compare what the model will take, one text of `context` tokens, with a ceiling in MiB.
+        """Compare what the model will add to the process, as it answers one text of `context`
+        tokens, with a ceiling in MiB.
 
         Raises:
             RuntimeFailure: it will take more; says how much and what would fit.
         """
         weights = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
-        fixed = weights / 2**20 + OVERHEAD_MB
+        logits = READ_TOKENS * int(self.settings["model"]["vocab_size"]) * _F32_BYTES
+        fixed = OVERHEAD_MB + (WEIGHT_COPIES * weights + logits) / 2**20
         need = fixed + context * self.token_bytes() / 2**20
         if need <= memory_mb:
             return
