@@ -5,7 +5,7 @@ run. Importing it loads torch.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +13,7 @@ import torch
 
 from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
+from coordinator.algorithms.fedmkt import FedMktConfig, fedmkt
 from coordinator.config import CoordinatorConfig, FamilySection, TextsSection
 from coordinator.distill import merge
 from coordinator.events import Events
@@ -27,6 +28,7 @@ from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
 from edge_sdk.train.local import quickest_dtype
 from edge_sdk.train.lora import Factors, LoraSpec
+from edge_sdk.train.teaching import Lesson
 from exporters.bundle import read_manifest, write_adapter_release
 from exporters.slm import SlmOptions, export_slm
 
@@ -35,78 +37,157 @@ def program_of(
     config: CoordinatorConfig,
     folder: Path,
     base: str,
-    cohort: tuple[str, ...],
+    crews: Mapping[str, tuple[str, ...]],
     events: Events,
 ) -> ProgramFactory:
-    """Return the factory of the configured program over `cohort`, whose bundle is `base`.
+    """Return the factory of the configured program over `crews`, the devices of each family, whose
+    bundle is `base`.
 
     Raises:
-        ConfigError: settings that do not fit the models, or two families (not supported yet).
+        ConfigError: settings that do not fit the models, or two families for fedavg.
         DataError: a text file that cannot be used.
     """
-    if len(config.families) != 1:
-        raise ConfigError(
-            f"{len(config.families)} families are configured; {config.program.name} takes one"
-        )
-    family, spec = config.families[0], _spec(config)
-    bundle = folder / "bundles" / family.name / base
-    package = _adapter_packager(folder, family, bundle, spec)
-    seed = config.program.seed
-
-    def twin_and_exchange() -> tuple[Twin, AdapterExchange]:
-        twin = Twin.from_bundle(
-            family.name, bundle, config.task, spec, seed=seed, dtype=quickest_dtype()
-        )
-        return twin, AdapterExchange(family.name, twin.layout, spec, seed=seed, rule=_rule(config))
-
+    name = config.program.name
+    if name == "fedavg" and len(config.families) != 1:
+        raise ConfigError(f"{len(config.families)} families are configured; fedavg takes one")
     judged = _texts(config.evaluation, labelled=True)
-    if config.program.name == "fedavg":
+    public = [] if name == "fedavg" else _texts(config.public, labelled=name == "fedmkt")
+    build = {"fedavg": _fedavg, "crosslm": _crosslm, "fedmkt": _fedmkt}[name]
 
-        def build_fedavg(resume: Commit | None) -> Program:
-            _take_threads(config)
-            twin, exchange = twin_and_exchange()
-            return fedavg(
-                exchange,
-                cohort,
-                _fedavg_config(config),
-                base=base,
-                package=package,
-                gate=_gate(config, twin, judged, events),
-                resume=resume,
-            )
-
-        return build_fedavg
-
-    public = [text for text, _ in _texts(config.public, labelled=False)]
-
-    def build_crosslm(resume: Commit | None) -> Program:
+    def factory(resume: Commit | None) -> Program:
         _take_threads(config)
-        twin, exchange = twin_and_exchange()
-        llm = Llm(
-            Path(config.llm.path),
-            config.task,
-            LoraSpec(config.llm.rank, config.llm.alpha, config.llm.targets),
-            seed=seed,
-            generic=public[:64],
-            dtype=quickest_dtype(),
-        )
-        measure = _measure(llm, judged, events)
-        if measure is not None and resume is None:
-            events("llm", stage="before", **measure())
-        whole = _model_packager(config, folder, family, spec)
-        gate = _gate(config, twin, judged, events)
-        return crosslm(
-            llm,
-            [Family(twin, exchange, cohort, base, package, whole, gate)],
-            crosslm_config(config),
-            public_texts=public,
-            measure=measure,
-            stage=events.stage,
-            seed=seed,
-            resume=resume,
-        )
+        families = [
+            _family(config, folder, base, section, crews[section.name], judged, events)
+            for section in config.families
+        ]
+        return build(config, folder, families, public, judged, events, resume)
 
-    return build_crosslm
+    return factory
+
+
+Rows = list[tuple[str, str]]
+"""Texts with their labels, "" where they have none."""
+
+
+def _family(
+    config: CoordinatorConfig,
+    folder: Path,
+    base: str,
+    section: FamilySection,
+    crew: tuple[str, ...],
+    judged: Rows,
+    events: Events,
+) -> Family:
+    bundle, spec = folder / "bundles" / section.name / base, _spec(config)
+    seed, dtype = config.program.seed, quickest_dtype()
+    twin = Twin.from_bundle(section.name, bundle, config.task, spec, seed=seed, dtype=dtype)
+    return Family(
+        twin,
+        AdapterExchange(section.name, twin.layout, spec, seed=seed, rule=_rule(config)),
+        crew,
+        base,
+        _adapter_packager(folder, section, bundle, spec),
+        _model_packager(config, folder, section, spec),
+        _gate(config, twin, judged, events),
+    )
+
+
+def _fedavg(
+    config: CoordinatorConfig,
+    folder: Path,
+    families: list[Family],
+    public: Rows,
+    judged: Rows,
+    events: Events,
+    resume: Commit | None,
+) -> Program:
+    (only,) = families
+    return fedavg(
+        only.exchange,
+        only.cohort,
+        _fedavg_config(config),
+        base=only.base,
+        package=only.package,
+        gate=only.gate,
+        resume=resume,
+    )
+
+
+def _crosslm(
+    config: CoordinatorConfig,
+    folder: Path,
+    families: list[Family],
+    public: Rows,
+    judged: Rows,
+    events: Events,
+    resume: Commit | None,
+) -> Program:
+    texts = [text for text, _ in public]
+    llm = _llm(config, texts)
+    return crosslm(
+        llm,
+        families,
+        crosslm_config(config),
+        public_texts=texts,
+        measure=_told_at_first(llm, judged, events, resume),
+        stage=events.stage,
+        seed=config.program.seed,
+        resume=resume,
+    )
+
+
+def _fedmkt(
+    config: CoordinatorConfig,
+    folder: Path,
+    families: list[Family],
+    public: Rows,
+    judged: Rows,
+    events: Events,
+    resume: Commit | None,
+) -> Program:
+    every = config.fedmkt.held_out
+    llm = _llm(config, [text for text, _ in public])
+    rows = judged[: config.defence.judged]
+    texts, labels = [text for text, _ in rows], [label for _, label in rows]
+
+    def judge(factors: Factors) -> tuple[float, int]:
+        with events.stage("judge"):
+            return llm.accuracy(texts, labels), len(texts)  # these are the factors it has
+
+    return fedmkt(
+        llm,
+        families,
+        fedmkt_config(config),
+        public=[row for i, row in enumerate(public) if not every or i % every],
+        held_out=[row for i, row in enumerate(public) if every and not i % every],
+        cache=folder / "vocabularies",
+        llm_gate=Gate(config.defence.max_drop, judge if rows else None),
+        measure=_told_at_first(llm, judged, events, resume),
+        stage=events.stage,
+        seed=config.program.seed,
+        resume=resume,
+    )
+
+
+def _llm(config: CoordinatorConfig, generic: list[str]) -> Llm:
+    return Llm(
+        Path(config.llm.path),
+        config.task,
+        LoraSpec(config.llm.rank, config.llm.alpha, config.llm.targets),
+        seed=config.program.seed,
+        generic=generic[:64],
+        dtype=quickest_dtype(),
+    )
+
+
+def _told_at_first(
+    llm: Llm, judged: Rows, events: Events, resume: Commit | None
+) -> Callable[[], dict[str, float]] | None:
+    """How the LLM is measured; its figures before the first round become an event."""
+    measure = _measure(llm, judged, events)
+    if measure is not None and resume is None:
+        events("llm", stage="before", **measure())
+    return measure
 
 
 def _take_threads(config: CoordinatorConfig) -> None:
@@ -135,9 +216,7 @@ def _rule(config: CoordinatorConfig) -> Rule:
     return Rule(found.aggregation, found.clip, found.refuse, found.max_norm, found.examples)
 
 
-def _gate(
-    config: CoordinatorConfig, twin: Twin, judged: list[tuple[str, str]], events: Events
-) -> Gate:
+def _gate(config: CoordinatorConfig, twin: Twin, judged: Rows, events: Events) -> Gate:
     """The gate of one program; it judges by the twin where there are labelled texts."""
     rows = judged[: config.defence.judged]
     texts, labels = [text for text, _ in rows], [label for _, label in rows]
@@ -194,6 +273,30 @@ def crosslm_config(config: CoordinatorConfig) -> CrossLMConfig:
     )
 
 
+def fedmkt_config(config: CoordinatorConfig) -> FedMktConfig:
+    """Return the algorithm's settings as the file gives them."""
+    program, found, llm = config.program, config.fedmkt, config.llm
+    return FedMktConfig(
+        rounds=program.rounds,
+        need=program.need,
+        within_s=program.within_s,
+        retries=program.retries,
+        kept=found.kept,
+        whole=found.whole,
+        llm=Lesson(found.share, llm.steps, llm.batch, llm.lr),
+        slm=Lesson(found.share, found.steps, found.batch, found.lr),
+        teach_llm=found.direction != "to-slms",
+        teach_slms=found.direction != "to-llm",
+        ask_devices=found.ask_devices,
+        greedy=found.align == "greedy",
+        stale_rounds=found.stale_rounds,
+        max_rise=found.max_rise,
+        patience=found.patience,
+        learn_codec=program.learn_codec,
+        training=_training(config),
+    )
+
+
 def _adapter_packager(folder: Path, family: FamilySection, bundle: Path, spec: LoraSpec) -> Package:
     def package(release: str, factors: Factors) -> Path:
         out = folder / "bundles" / family.name / release
@@ -233,7 +336,7 @@ def _model_packager(
     return package
 
 
-def _texts(section: TextsSection, *, labelled: bool) -> list[tuple[str, str]]:
+def _texts(section: TextsSection, *, labelled: bool) -> Rows:
     if not section.path:
         return []
     return read_texts(
@@ -244,9 +347,7 @@ def _texts(section: TextsSection, *, labelled: bool) -> list[tuple[str, str]]:
     )
 
 
-def _measure(
-    llm: Llm, judged: list[tuple[str, str]], events: Events
-) -> Callable[[], dict[str, float]] | None:
+def _measure(llm: Llm, judged: Rows, events: Events) -> Callable[[], dict[str, float]] | None:
     if not judged:
         return None
     texts, labels = [text for text, _ in judged], [label for _, label in judged]

@@ -115,7 +115,9 @@ class ServiceSection(Struct, frozen=True, forbid_unknown_fields=True):
 class ProgramSection(Struct, frozen=True, forbid_unknown_fields=True):
     """Which algorithm runs over how many devices, and how patiently."""
 
-    name: Annotated[Literal["crosslm", "fedavg"], Meta(description="The algorithm.")] = "crosslm"
+    name: Annotated[Literal["crosslm", "fedavg", "fedmkt"], Meta(description="The algorithm.")] = (
+        "crosslm"
+    )
     cohort: Annotated[
         int, Meta(ge=1, le=100_000, description="Enrolled devices to wait for before it starts.")
     ] = 1
@@ -272,6 +274,51 @@ class LlmSection(Struct, frozen=True, forbid_unknown_fields=True):
     reg: Annotated[float, Meta(ge=0, le=100, description="Weight of staying as it was.")] = 0.2
 
 
+class FedMktSection(Struct, frozen=True, forbid_unknown_fields=True):
+    """What FedMKT does with the labelled texts of [public]; how the LLM learns is in [llm]."""
+
+    share: Annotated[
+        float, Meta(ge=0, le=1, description="Weight of the labels (lambda); teachers: the rest.")
+    ] = 0.9
+    kept: Annotated[int, Meta(ge=1, le=128, description="Likeliest tokens told of a place.")] = 16
+    whole: Annotated[
+        bool, Meta(description="Teach every token of the texts, not the label's word alone.")
+    ] = False
+    direction: Annotated[
+        Literal["both", "to-llm", "to-slms"], Meta(description="Who learns; to-slms is LLM2SLM.")
+    ] = "both"
+    align: Annotated[
+        Literal["dtw", "greedy"],
+        Meta(description="dtw: cheapest warping, as in the paper; greedy: tokens of equal start."),
+    ] = "dtw"
+    ask_devices: Annotated[
+        bool, Meta(description="Devices tell what they find likeliest; else replicas do, here.")
+    ] = True
+    steps: Annotated[int, Meta(ge=0, le=1_000_000, description="Small models' steps.")] = 30
+    batch: Annotated[int, Meta(ge=1, le=4096, description="Texts a step.")] = 8
+    lr: Annotated[float, Meta(gt=0, le=1, description="Their learning rate.")] = 2e-3
+    held_out: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="Every n-th public text only judges rounds; 0: none."),
+    ] = 5
+    max_rise: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=100,
+            description="A model is taken back if its bits per byte of held-out texts rise by "
+            "more than this share of its best.",
+        ),
+    ] = 0.25
+    patience: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="Rounds without gain that end the run; 0: never."),
+    ] = 0
+    stale_rounds: Annotated[
+        int, Meta(ge=0, le=1000, description="Rounds that a device's rows go on teaching.")
+    ] = 8
+
+
 class FamilySection(Struct, frozen=True, forbid_unknown_fields=True):
     """One family of small models."""
 
@@ -310,6 +357,7 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
     adapter: AdapterSection = AdapterSection()
     defence: DefenceSection = DefenceSection()
     llm: LlmSection = LlmSection()
+    fedmkt: FedMktSection = FedMktSection()
     public: TextsSection = TextsSection()
     evaluation: TextsSection = TextsSection()
     rollout: Plan = Plan()
@@ -339,8 +387,10 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
                 f"{source}: program.need = {self.program.need} is above program.cohort = "
                 f"{self.program.cohort}; no round could complete"
             )
-        if self.program.name == "crosslm" and not self.llm.path:
-            raise ConfigError(f"{source}: program.name = 'crosslm' needs llm.path")
+        if self.program.name in {"crosslm", "fedmkt"} and not self.llm.path:
+            raise ConfigError(f"{source}: program.name = {self.program.name!r} needs llm.path")
+        if self.program.name == "fedmkt" and not self.public.path:
+            raise ConfigError(f"{source}: program.name = 'fedmkt' needs public.path, with labels")
         if len({family.name for family in self.families}) != len(self.families):
             raise ConfigError(f"{source}: two families have the same name")
 

@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self, TextIO
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 BASE = "base"
 """Name of each family's first release, before any round."""
+Crews = Mapping[str, tuple[str, ...]]
+"""Family -> its devices."""
 LOOK_AGAIN_S = 0.5
 """How often the service looks for new devices, decisions and changed byte counts."""
 REFRESH_S = 3600.0
@@ -129,27 +131,29 @@ class Service:
             FleetError: what ended the program, or a failed export of the first bundle.
         """
         self.start()
-        family = self.config.families[0]
-        base = self.publish_base(family)
+        bases = {family.name: self.publish_base(family) for family in self.config.families}
         if not self.desk.store.finished(self.config.program.name):
-            self._cohort = self.wait_for_devices(family.name)
-            if not self._cohort or not self._learn(base, self._cohort):
+            crews = self.wait_for_devices()
+            self._cohort = tuple(sorted(device for crew in crews.values() for device in crew))
+            if not self._cohort or not self._learn(bases, crews):
                 return False
-        self._report(family.name)
+        self._report()
         self._cohort, self._busy = (), False  # from now on every device is served alike
         while stay and not self._stop.wait(LOOK_AGAIN_S):
             self._tick()
         return True
 
-    def _learn(self, base: Release, cohort: tuple[str, ...]) -> bool:
-        """Offer `base` to the cohort and run the program over it; return whether it ended."""
-        self.registry.allow(base.family, base.release)
-        if not self._run(self._offering(base, cohort), f"offer-{_crowd(cohort)}"):
+    def _learn(self, bases: Mapping[str, Release], crews: Crews) -> bool:
+        """Offer each family its base and run the program over all; return whether it ended."""
+        for base in bases.values():
+            self.registry.allow(base.family, base.release)
+        offers = {device: bases[name] for name, crew in crews.items() for device in crew}
+        if not self._run(self._offering(offers), f"offer-{_crowd(sorted(offers))}"):
             return False
         with self.events.stage("load"):
             from coordinator.assembly import program_of  # torch is loaded only now
 
-            factory = program_of(self.config, self.desk.folder, base.release, cohort, self.events)
+            factory = program_of(self.config, self.desk.folder, BASE, crews, self.events)
         return self._run(factory, self.config.program.name)
 
     def start(self) -> None:
@@ -183,17 +187,28 @@ class Service:
         self.events("published", family=family.name, release=BASE)
         return release
 
-    def wait_for_devices(self, family: str) -> tuple[str, ...]:
-        """Return the cohort once enough devices are enrolled; empty if stopped before."""
+    def wait_for_devices(self) -> Crews:
+        """Return each family's devices once enough are enrolled, and one of each family at least;
+        empty if stopped before."""
         wanted = self.config.program.cohort
         with self.events.stage("enrolment", wanted=wanted):
             while not self._stop.is_set():
-                cohort = self.desk.fleet.active(family)
-                if len(cohort) >= wanted:
-                    return cohort
+                crews = self._crews()
+                if sum(map(len, crews.values())) >= wanted and all(crews.values()):
+                    return crews
                 self._tick()
                 self._stop.wait(LOOK_AGAIN_S)
-        return ()
+        return {}
+
+    def _crews(self) -> Crews:
+        """Every active device, under the first family of the settings that it takes."""
+        crews: dict[str, tuple[str, ...]] = {}
+        taken: set[str] = set()
+        for family in self.config.families:
+            able = self.desk.fleet.active(family.name)
+            crews[family.name] = tuple(device for device in able if device not in taken)
+            taken.update(able)
+        return crews
 
     def _run(self, factory: ProgramFactory, run: str) -> bool:
         with self.events.stage(run):
@@ -205,9 +220,9 @@ class Service:
             raise self.runner.failure
         return self.desk.store.finished(run)
 
-    def _offering(self, base: Release, cohort: tuple[str, ...]) -> ProgramFactory:
+    def _offering(self, offers: Mapping[str, Release]) -> ProgramFactory:
         def program(resume: Commit | None) -> Program:
-            return offering(base, cohort, self.config.program.within_s)
+            return offering(offers, self.config.program.within_s)
 
         return program
 
@@ -223,21 +238,26 @@ class Service:
         try:
             self.stager.tick(busy=self._busy)
             if self._cohort is not None:
-                for family in self.config.families:
-                    self.stager.serve_newcomers(family.name, self._cohort)
+                crews = self._crews()
+                for name, crew in crews.items():
+                    others = {d for other in crews.values() for d in other} - set(crew)
+                    self.stager.serve_newcomers(name, others.union(self._cohort))
             if self._now() - self._refreshed > REFRESH_S:
                 self._refreshed = self._now()
                 self.registry.refresh()
         except FleetError as exc:  # a full disk or an absent key; the program goes on
             logger.warning("releases are looked after again later: %s", exc)
 
-    def _report(self, family: str) -> None:
+    def _report(self) -> None:
         self._tick()
-        promoted = self.registry.promoted(family)
+        promoted = {f.name: self.registry.promoted(f.name) for f in self.config.families}
+        releases = {name: found.release if found else None for name, found in promoted.items()}
+        first = self.config.families[0].name
         self.events(
             "done",
-            family=family,
-            release=promoted.release if promoted else None,
+            family=first,
+            release=releases[first],
+            releases=releases,
             devices=[d.device for d in self.desk.fleet.list()],
             bytes_by_device={
                 d.device: dict(zip(("up", "down"), self.courier.bytes_of(d.device), strict=True))
@@ -246,11 +266,11 @@ class Service:
         )
 
 
-def offering(
-    release: Release, cohort: tuple[str, ...], within_s: float
-) -> Generator[Any, Any, None]:
-    """The program before the program: every device gets `release` and measures it."""
-    reports = yield from measured(Ask(release.offer(), cohort, len(cohort), within_s))
+def offering(offers: Mapping[str, Release], within_s: float) -> Generator[Any, Any, None]:
+    """The program before the program: every device gets its release and measures it."""
+    cohort = tuple(sorted(offers))
+    offer = Ask(lambda device: offers[device].offer(), cohort, len(cohort), within_s)
+    reports = yield from measured(offer)
     yield Note({"baseline": True, "accuracy": mean_accuracy(reports), "devices": len(reports)})
     yield Commit(0, {})
 
@@ -278,6 +298,6 @@ def link_of(config: CoordinatorConfig) -> MqttLink:
     )
 
 
-def _crowd(cohort: tuple[str, ...]) -> str:
+def _crowd(cohort: Sequence[str]) -> str:
     # Another cohort is offered the bundle anew, under another run.
     return sha256("\n".join(cohort).encode()).hexdigest()[:12]
