@@ -8,6 +8,7 @@ from edge_sdk.algorithms.speculative import (
     Sampling,
     Step,
     accept,
+    accept_likeliest,
     best_length,
     draft,
     expected_tokens,
@@ -175,6 +176,15 @@ def test_a_target_that_ends_where_the_draft_goes_on_ends():
     )
 
     assert step == Step([end], 0, 1)
+
+
+def test_the_short_way_at_temperature_zero_is_the_rule():
+    rng = np.random.default_rng(11)
+    for _ in range(200):
+        tokens = [int(t) for t in rng.integers(0, 3, rng.integers(0, 5))]
+        best = rng.integers(0, 3, len(tokens) + 1)
+
+        assert accept_likeliest(tokens, best) == accept(Draft(tokens), one_hot(best, VOCAB), rng)
 
 
 def test_no_draft_is_plain_decoding():

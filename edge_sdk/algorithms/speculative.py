@@ -145,6 +145,20 @@ def accept(draft: Draft, p: F64, rng: np.random.Generator) -> Step:
     return Step([*draft.tokens, _draw(p[g], rng)], g, g)
 
 
+def accept_likeliest(tokens: Sequence[int], best: npt.NDArray[np.integer]) -> Step:
+    """Return what `accept` returns at temperature 0, given the target's likeliest tokens (g + 1,).
+
+    Raises:
+        LocalProtocolError: another number of them.
+    """
+    if len(best) != len(tokens) + 1:
+        raise LocalProtocolError(f"{len(tokens)} drafted tokens came with {len(best)} rows")
+    n = 0
+    while n < len(tokens) and tokens[n] == best[n]:
+        n += 1
+    return Step([*tokens[:n], int(best[n])], n, min(n + 1, len(tokens)))
+
+
 def verify(
     target: Target,
     prefix: Sequence[int],
