@@ -18,7 +18,7 @@ values stay) and the branch at 16 bits. `recovered` is the share of the lost bit
 back, over both texts. Nothing packs int3 or 2:4 into that many bits for ONNX Runtime today: those
 rows hold the exact values in float32.
 
-`--models`, `--weights` measure a part; the other rows of the CSV files stay.
+`--models`, `--weights`, `--what` measure a part; the other rows of the CSV files stay.
 """
 
 import os
@@ -34,27 +34,20 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from edge_sdk.errors import FleetError
 from examples.data.corpus import CorpusError
-from examples.eora_lab import (
-    FIELDS,
-    SCHEMES,
-    SPEED_FIELDS,
-    TASK_FIELDS,
-    Row,
-    Settings,
-    speed,
-    task_cell,
-    text_cell,
-    train_task,
-)
+from examples.eora_lab import FIELDS, SCHEMES, TASK_FIELDS, Row, Settings, task_cell, text_cell
+from examples.eora_speed import SPEED_FIELDS, speed
+from examples.eora_texts import train_task
 from examples.models import ModelError
 
 ROOT = Path(__file__).resolve().parent
 MODELS = ("slm-a", "llm")
+WHAT = ("text", "task", "speed")
 QUICK = ("int4 g32", "int3 g32", "2:4")
 JOBS = min(2, os.cpu_count() or 1)
 
@@ -72,8 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=JOBS, help=f"processes, of one thread each; default: {JOBS}")
     add("--out", type=Path, help="the CSV; default: examples/results/eora.csv")
     add("--quick", action="store_true", help="slm-a, three compressions, rank 8, no task")
-    add("--no-task", dest="task", action="store_false", help="leave TREC out")
-    add("--what", default="all", choices=("all", "quality", "speed"), help="default: all")
+    add("--what", default="text,task,speed", help="default: text,task,speed; --quick: text,speed")
     args = parser.parse_args(argv)
     args.models = _names(parser, args.models, MODELS, ("slm-a",) if args.quick else MODELS)
     args.weights = _names(parser, args.weights, SCHEMES, QUICK if args.quick else SCHEMES)
@@ -84,7 +76,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as exc:
         parser.error(f"--ranks: {exc}")
     name = "eora-quick.csv" if args.quick else "eora.csv"
-    args.task = args.task and not args.quick
+    whats = ("text", "speed") if args.quick else WHAT
+    args.what = _names(parser, args.what, WHAT, WHAT)
+    args.what = [what for what in args.what if what in whats]
     args.out = args.out or ROOT / "results" / name
     return args
 
@@ -104,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        if args.what != "speed":
+        if {"text", "task"} & set(args.what):
             measure(args)
-        if args.what != "quality":
+        if "speed" in args.what:
             rows = [row for model in args.models for row in speed(model, args.ranks)]
             write(args.out.with_name(args.out.stem + "-speed.csv"), SPEED_FIELDS, rows)
             print("\n" + table(rows, SPEED_FIELDS))
@@ -119,16 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> None:
     """Measure all cells; each goes into its CSV file when it is done, and is printed."""
     settings = Settings(args.data, args.ranks)
-    if args.task:
+    if "task" in args.what:
         for model in args.models:  # before the processes start, so that each is trained once
-            train_task(model, settings)
+            train_task(model, args.data)
     begun, done = time.monotonic(), 0
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
-        work = {}
+        work: dict[Any, tuple[Path, tuple[str, ...]]] = {}
         for weights in args.weights:
             for model in args.models:
-                work[pool.submit(text_cell, model, weights, settings)] = (args.out, FIELDS)
-                if args.task:
+                if "text" in args.what:
+                    work[pool.submit(text_cell, model, weights, settings)] = (args.out, FIELDS)
+                if "task" in args.what:
                     out = args.out.with_name(args.out.stem + "-trec.csv")
                     work[pool.submit(task_cell, model, weights, settings)] = (out, TASK_FIELDS)
         for future in as_completed(work):
