@@ -20,6 +20,7 @@ from edge_sdk.wire.messages import (
     Refused,
     RenewKeys,
     Scores,
+    VerifyDraft,
     WantFiles,
     decode,
 )
@@ -32,11 +33,13 @@ DEVICE_KINDS = (
     AdapterUpdate,
     Scores,
     LogitRows,
+    VerifyDraft,
     Refused,
 )
 """Every message a device sends; there is no other way out of this process."""
 
 MEANINGS = {
+    "at": "how many tokens of the text the coordinator holds already",
     "accuracy": "share of this device's held-out texts that the model labels right",
     "codec_id": "name of the codec the change is encoded with",
     "codes": "the encoded change of the adapter's factors after training here",
@@ -44,6 +47,7 @@ MEANINGS = {
     "countersignature": "signature of the statement by this device's next key",
     "csr": "request for a certificate for the broker: this device's name and a public key",
     "device": "this device's name, chosen by the operator",
+    "draft": "tokens that this device's model guesses after the text (cloud drafts only)",
     "examples": "how many examples were used, as a number",
     "families": "model families this device accepts",
     "hybrid_key": "public key for the second suite, where it is used",
@@ -66,8 +70,13 @@ MEANINGS = {
     "signature": "signature of the statement by this device's present key",
     "statement": "this device's name and its next public keys",
     "task_id": "name of the task, from the coordinator",
+    "temperature": "how an answer is sampled, from the request",
+    "text": "the prompt and answer so far as token ids; only where cloud drafts are switched on",
     "token_id": "name of the enrolment code",
+    "top_k": "how an answer is sampled, from the request",
+    "top_p": "how an answer is sampled, from the request",
     "truth": "how likely it finds the token that really follows in the public texts",
+    "tokenizer": "digest of this device's tokenizer",
     "tokens_per_s": "speed of the model on this device",
 }
 """What each field says. A field that is not here must not be sent (tests/test_edge_leaving.py)."""

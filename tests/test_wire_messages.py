@@ -37,6 +37,8 @@ SAMPLES = [
     File("t", "a", b"data"),
     messages.ModelReport("t", "r-1", 0.75, 20, 33.0, 100.0, {}),
     messages.Refused("t", "no examples"),
+    messages.VerifyDraft("t", bytes(32), 0, (5, 6, 7), (8, 9), 0.7, 40, 0.9),
+    messages.Verified("t", (8, 10), 1, 0.004, 0.002),
     messages.Enrol("t-1", bytes(16), "kitchen-1", bytes(32), bytes(32), ("chat",), 512),
     messages.RenewKeys("renew-1", b"statement", bytes(64), bytes(64)),
     messages.Renewed("renew-1", b"certificate"),

@@ -34,6 +34,11 @@ Paths = Annotated[tuple[FilePath, ...], Meta(max_length=4096)]
 Stages = Annotated[dict[Word, float], Meta(max_length=256)]
 """Seconds by stage of the work."""
 
+TokenIds = Annotated[
+    tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=131_072)
+]
+"""Tokens of a text, by their numbers in its tokenizer."""
+
 HybridKey = Annotated[bytes, Meta(max_length=1216)]
 """A public ML-KEM-768 and X25519 key to seal to with suite 2; empty for none."""
 Csr = Annotated[bytes, Meta(max_length=4096)]
@@ -226,6 +231,41 @@ class Refused(Message, frozen=True):
     reason: Text
 
 
+# --- speculation, device -> coordinator and back, at once or not at all --------------------------
+
+
+class VerifyDraft(Message, frozen=True):
+    """Say which of these guessed tokens your model takes after my text; reply Verified.
+
+    `text` follows the `at` tokens that you hold of this task. The draft is greedy, so ids are all
+    that is needed (PAPERS.md 4 f). `tokenizer` is the SHA-256 of tokenizer.json. `temperature`,
+    `top_k` (0: off) and `top_p` standardise the model's distribution.
+    """
+
+    task_id: Name
+    tokenizer: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    at: Count
+    text: TokenIds
+    draft: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=64)]
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    top_k: Count = 0
+    top_p: Unit = 1.0
+
+
+class Verified(Message, frozen=True):
+    """The tokens that follow, 1 to g + 1, the first `accepted` of them as drafted.
+
+    No token at all: the text is not held here any more; send it from its start. `pass_s` is what
+    the pass took and `one_s` what one over a single token takes, in seconds.
+    """
+
+    task_id: Name
+    tokens: Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=65)]
+    accepted: Count
+    pass_s: Annotated[float, Meta(ge=0.0)]
+    one_s: Annotated[float, Meta(ge=0.0)]
+
+
 # --- enrolment --------------------------------------------------------------------------------
 
 
@@ -287,6 +327,8 @@ AnyMessage = (
     | File
     | ModelReport
     | Refused
+    | VerifyDraft
+    | Verified
     | Enrol
     | Enrolled
     | RenewKeys

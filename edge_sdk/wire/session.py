@@ -41,6 +41,8 @@ class State(StrEnum):
     TELLING = "telling"
     OFFERING = "offering"
     FETCHING = "fetching"
+    VERIFYING = "verifying"
+    DRAFTING = "drafting"
     CLOSED = "closed"
 
 
@@ -48,7 +50,11 @@ Moves = dict[State, dict[Role, dict[type[messages.Message], State]]]
 
 LEGAL: Moves = {
     State.OPEN: {
-        Role.DEVICE: {messages.Enrol: State.ENROLLING, messages.RenewKeys: State.RENEWING},
+        Role.DEVICE: {
+            messages.Enrol: State.ENROLLING,
+            messages.RenewKeys: State.RENEWING,
+            messages.VerifyDraft: State.VERIFYING,
+        },
         Role.COORDINATOR: {
             messages.TrainAdapter: State.TRAINING,
             messages.Score: State.SCORING,
@@ -80,6 +86,13 @@ LEGAL: Moves = {
             messages.ModelReport: State.CLOSED,
             messages.Refused: State.CLOSED,
         },
+    },
+    State.VERIFYING: {
+        Role.COORDINATOR: {messages.Verified: State.DRAFTING, messages.Refused: State.CLOSED}
+    },
+    State.DRAFTING: {
+        Role.DEVICE: {messages.VerifyDraft: State.VERIFYING},
+        Role.COORDINATOR: {messages.Refused: State.CLOSED},  # forgotten: its time was over
     },
 }
 
