@@ -136,8 +136,9 @@ class TrainSection(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=1 << 20,
-            description="MiB the model may take while training; too small for 16-bit weights means "
-            "block-by-block dequantization (slower). 0 means no limit.",
+            description="MiB training may take; weights are then kept packed, a step is taken in "
+            "parts or activations are computed twice, as far as it must (slower), and what cannot "
+            "fit is refused. 0 means no limit.",
         ),
     ] = 0
     threads: Annotated[
@@ -169,6 +170,42 @@ class TrainSection(Struct, frozen=True, forbid_unknown_fields=True):
             description="Added to each task's seed, so that devices differ and runs repeat.",
         ),
     ] = 0
+    checkpoint_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=86_400,
+            description="Seconds between checkpoints, from which a training goes on after a kill "
+            "or a pause; a minute spares a flash disk. 0 means none.",
+        ),
+    ] = 60.0
+    min_charge: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=101,
+            description="Percent of battery below which training waits for mains; 101 means it "
+            "never runs on battery, 0 that the battery does not matter.",
+        ),
+    ] = 0
+    max_load: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1000,
+            description="Other runnable processes per core above which training waits; 0.5 leaves "
+            "a busy device alone. 0 means never.",
+        ),
+    ] = 0.0
+    patience_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=604_800,
+            description="A task that had to wait so long without a step is refused, so that its "
+            "coordinator hears of it.",
+        ),
+    ] = 3600.0
 
 
 class RuntimeSection(Struct, frozen=True, forbid_unknown_fields=True):

@@ -16,6 +16,7 @@ from edge_sdk.errors import RuntimeFailure
 from edge_sdk.handled import CODEC, FEEDBACK, OWN, SYNTHETIC, Event, Handled, Recall
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.model_tasks import ModelDesk
+from edge_sdk.train.policy import Gate, Policy, Spare
 from edge_sdk.wire.messages import (
     AdapterUpdate,
     LogitRows,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = "training.checkpoint"
+"""The file in the device's folder from which an interrupted training goes on."""
+
 CALIBRATION_TEXTS = 200
 """Held-out examples on which the temperature of a Score is fitted; more say little more."""
 
@@ -53,7 +57,10 @@ class LearningDesk:
         models: ModelDesk,
         recall: Recall,
         tell: Event,
+        policy: Policy | None = None,
     ) -> None:
+        """`policy` decides between steps whether training goes on; default: as configured."""
+        self._gate = _gate(config, policy)
         self._config, self._task = config, task
         self._examples, self._models, self._recall = examples, models, recall
         self._tell = tell
@@ -110,6 +117,7 @@ class LearningDesk:
         Raises:
             RuntimeFailure: switched off, over the limits, or nothing to train on.
             DataError: the examples do not serve the task.
+            Postponed: the device's policy asks to wait; to be tried again.
         """
         held = self._models.require(order.release)
         settings = self._config.train
@@ -127,6 +135,8 @@ class LearningDesk:
             from edge_sdk.train.local import Means, train_locally, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
+        if self._gate is not None:
+            self._gate()  # before memory is taken
         watch = Stopwatch()
         offered = self._synthetic()
         extra = (
@@ -140,10 +150,17 @@ class LearningDesk:
             self._task,
             examples,
             extra,
-            means=Means(settings.memory_mb, settings.threads, settings.max_tokens),
+            means=Means(
+                settings.memory_mb,
+                settings.threads,
+                settings.max_tokens,
+                Path(self._config.device.state_dir) / CHECKPOINT if settings.checkpoint_s else None,
+                settings.checkpoint_s,
+            ),
             seed=order.seed + settings.seed,
             watch=watch,
             progress=self._progress(order.task_id),
+            gate=self._gate,
         )
         from compression.errors import CodecError
 
@@ -243,3 +260,10 @@ class LearningDesk:
                 self._tell({"event": "training", "task": task_id, "done": done, "total": total})
 
         return step
+
+
+def _gate(config: EdgeConfig, policy: Policy | None) -> Gate | None:
+    train = config.train
+    if policy is None and (train.min_charge or train.max_load):
+        policy = Spare(train.min_charge, train.max_load, train.threads)
+    return None if policy is None else Gate(policy, patience_s=train.patience_s)

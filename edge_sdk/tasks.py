@@ -19,6 +19,7 @@ from edge_sdk.handled import OFFER, Event, Handled, Recall
 from edge_sdk.learning_tasks import LearningDesk
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.models import ModelStore
+from edge_sdk.train.policy import Policy
 from edge_sdk.wire.messages import (
     AnyMessage,
     File,
@@ -32,6 +33,7 @@ from edge_sdk.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from edge_sdk.encoders import EncoderSession
     from edge_sdk.runtime import SlmSession
 
 __all__ = ["Event", "Handled", "TaskDesk"]
@@ -51,8 +53,10 @@ class TaskDesk:
         models: ModelStore,
         recall: Recall,
         on_event: Event | None = None,
+        policy: Policy | None = None,
     ) -> None:
-        """`recall` returns what was remembered under a name, b"" for nothing."""
+        """`recall` returns what was remembered under a name, b"" for nothing; `policy` is asked
+        between the steps of a training (default: as configured)."""
         self._config = config
         self._tell = on_event or (lambda event: None)
         self._models = ModelDesk(
@@ -65,10 +69,11 @@ class TaskDesk:
             models=self._models,
             recall=recall,
             tell=self._tell,
+            policy=policy,
         )
 
     @property
-    def session(self) -> "SlmSession | None":
+    def session(self) -> "SlmSession | EncoderSession | None":
         """The open model, None before the first release."""
         return self._models.session
 
@@ -88,7 +93,8 @@ class TaskDesk:
         """Carry out `message`; what this device cannot or will not do becomes Refused.
 
         Raises:
-            StorageError: this machine's disk refused; the message should be tried again later.
+            StorageError: this machine's disk refused, or training is put off (Postponed); the
+                message should be tried again later.
         """
         task_id = getattr(message, "task_id", "")
         self._tell({"event": "task", "kind": type(message).__name__, "task": task_id})

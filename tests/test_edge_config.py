@@ -21,7 +21,7 @@ from edge_sdk.wire.config_rules import parse_overrides, parse_toml, template
     [
         ("[trian]\n", r"unknown key 'trian'; did you mean 'train'\?"),
         ("[train]\nthread = 1", r"unknown key 'train.thread'; did you mean 'threads'\?"),
-        ("[train]\nzzz = 1", "unknown key 'train.zzz'; known here: enabled, max_steps"),
+        ("[train]\nzzz = 1", "unknown key 'train.zzz'; known here: checkpoint_s, enabled"),
         ('[train]\nthreads = "1"', r"'train.threads' is '1'; allowed: a whole number >= 0"),
         (
             "[train]\nthreads = -1",

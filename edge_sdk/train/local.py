@@ -12,24 +12,36 @@ import msgspec
 import torch
 
 from compression.errors import WeightsError
-from compression.int4_torch import load_slm
+from compression.int4 import WEIGHTS_FILE
+from compression.int4_torch import held_bytes, load_slm
 from edge_sdk.algorithms.logit_rows import LogitTable
 from edge_sdk.algorithms.vocabulary import Vocabulary
-from edge_sdk.errors import RuntimeFailure
+from edge_sdk.errors import FleetError, RuntimeFailure, StorageError
 from edge_sdk.measure import Stopwatch
-from edge_sdk.train import lora, teaching
-from edge_sdk.train.text_task import TaskReader
-from edge_sdk.train.trainer import Labelled, Progress, Weighted, train_adapter
-from edge_sdk.wire.messages import TextTask, TopLogits, TrainAdapter
+from edge_sdk.train import lora, memory, teaching
+from edge_sdk.train.checkpoint import Checkpoint, key_of
+from edge_sdk.train.text_task import TaskReader, padded_width
+from edge_sdk.train.trainer import (
+    Gate,
+    Labelled,
+    Progress,
+    Weighted,
+    short_attention,
+    train_adapter,
+)
+from edge_sdk.wire.messages import TextTask, TopLogits, TrainAdapter, encode
 
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """What training may take: MiB (0: no limit), CPU threads (0: all), tokens per example."""
+    """What training may take: MiB (0: no limit), CPU threads (0: all), tokens per example; and
+    where it stands is kept in `checkpoint` every `checkpoint_s` seconds (None: not kept)."""
 
     memory_mb: int = 0
     threads: int = 1
     max_tokens: int = 128
+    checkpoint: Path | None = None
+    checkpoint_s: float = 60.0
 
 
 def train_locally(
@@ -43,11 +55,16 @@ def train_locally(
     seed: int,
     watch: Stopwatch,
     progress: Progress | None = None,
+    gate: Gate | None = None,
 ) -> lora.Factors:
     """Return the change of the adapter's factors, {name: float32 (r, in) or (out, r)}.
 
+    A call that was cut off, by a kill or by `gate`, goes on when it is made again with the same
+    arguments and `means.checkpoint`, and ends with the same change bit for bit.
+
     Raises:
-        RuntimeFailure: the bundle's weights cannot be trained on.
+        RuntimeFailure: the bundle's weights cannot be trained on, or not in so little memory.
+        Postponed: `gate` says not now.
         RemoteProtocolError: the order's adapter is not one of this model.
         ConfigError: the order's targets do not fit the model.
         DataError: no examples, or a label that is not of the task.
@@ -57,27 +74,50 @@ def train_locally(
     torch.manual_seed(seed)
     with watch.stage("load"):
         spec = lora.LoraSpec(rank=order.rank, alpha=order.alpha, targets=order.targets)
-        adapter = lora.Adapter(_model(bundle, means), spec)
         reader = TaskReader.from_folder(task, bundle, max_tokens=means.max_tokens)
+        way = _way(order, spec, bundle, reader, examples, synthetic, means)
+        dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
+        adapter = lora.Adapter(_model(bundle, packed=way.packed, dtype=dtype), spec)
+        if way.again:
+            memory.compute_again(adapter.model)
         start = (
             lora.from_bytes(order.adapter)
             if order.adapter
             else lora.start_factors(adapter.layout, order.adapter_seed)
         )
         adapter.load(start)
-    with watch.stage("train"):
-        result = train_adapter(
-            adapter,
-            reader,
-            examples,
-            steps=order.steps,
-            batch=order.batch,
-            lr=order.lr,
-            seed=seed,
-            synthetic=synthetic,
-            synthetic_weight=order.synthetic_weight,
-            progress=progress,
-        )
+        checkpoint = None
+        if means.checkpoint is not None:
+            key = key_of(
+                encode(order),
+                msgspec.json.encode([task, examples, synthetic, seed, means.max_tokens]),
+                repr((way, dtype, torch.get_num_threads(), torch.__version__)).encode(),
+                (bundle / WEIGHTS_FILE).read_bytes(),
+            )
+            checkpoint = Checkpoint(means.checkpoint, key, every_s=means.checkpoint_s)
+    try:
+        with watch.stage("train"):
+            result = train_adapter(
+                adapter,
+                reader,
+                examples,
+                steps=order.steps,
+                batch=order.batch,
+                lr=order.lr,
+                seed=seed,
+                synthetic=synthetic,
+                synthetic_weight=order.synthetic_weight,
+                progress=progress,
+                rows=way.rows,
+                checkpoint=checkpoint,
+                gate=gate,
+            )
+    except StorageError:  # put off, to go on later
+        raise
+    except FleetError:
+        _forget(checkpoint)
+        raise
+    _forget(checkpoint)
     return lora.delta(result.factors, start)
 
 
@@ -116,7 +156,9 @@ def rows_locally(
         torch.set_num_threads(means.threads)
     with watch.stage("load"):
         spec = lora.LoraSpec(rank=own.rank, alpha=own.alpha, targets=own.targets)
-        adapter = lora.Adapter(_model(bundle, means), spec)
+        dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
+        packed = means.memory_mb > 0 and not _plain_fits(bundle, means, dtype)
+        adapter = lora.Adapter(_model(bundle, packed=packed, dtype=dtype), spec)
         adapter.load(lora.from_bytes(own.adapter))
         reader = TaskReader.from_folder(text_task, bundle, max_tokens=means.max_tokens)
     pairs = list(zip(task.texts, task.labels, strict=True))
@@ -136,9 +178,46 @@ def quickest_dtype() -> torch.dtype:
     return torch.bfloat16 if found else torch.float32
 
 
-def _model(bundle: Path, means: Means) -> object:
-    dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
+def _model(bundle: Path, *, packed: bool, dtype: torch.dtype) -> object:
     try:
-        return load_slm(bundle, packed=means.memory_mb > 0, dtype=dtype)
+        return load_slm(bundle, packed=packed, dtype=dtype)
     except WeightsError as exc:
         raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
+
+
+def _plain_fits(bundle: Path, means: Means, dtype: torch.dtype) -> bool:
+    # Without a backward pass activations are few; half of the ceiling is theirs.
+    try:
+        return 2 * held_bytes(bundle, packed=False, dtype=dtype) <= means.memory_mb * 2**20
+    except WeightsError as exc:
+        raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
+
+
+def _way(
+    order: TrainAdapter,
+    spec: lora.LoraSpec,
+    bundle: Path,
+    reader: TaskReader,
+    examples: Sequence[Labelled],
+    synthetic: Sequence[Weighted],
+    means: Means,
+) -> memory.Way:
+    if not means.memory_mb or not examples:
+        return memory.Way()
+    given = synthetic if order.synthetic_weight > 0 else []
+    pairs = [*examples, *((text, label) for text, label, _ in given)]
+    seen = reader.labelled([text for text, _ in pairs], [label for _, label in pairs])
+    answers = max(len(ids) - start for ids, start in zip(seen.ids, seen.starts, strict=True))
+    tokens = padded_width(seen.ids)
+    rows = min(order.batch, len(examples)) + min(max(1, order.batch // 2), len(given))
+    try:
+        with short_attention(tokens):
+            needs = memory.needs_of(bundle, spec, tokens=tokens)
+    except WeightsError as exc:
+        raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
+    return memory.quickest(needs, memory_mb=means.memory_mb, rows=rows, answers=answers)
+
+
+def _forget(checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        checkpoint.remove()

@@ -28,6 +28,7 @@ __all__ = [
     "label_probs",
     "logits_at",
     "padded",
+    "padded_width",
     "token_log_probs",
     "word_log_probs",
 ]
@@ -103,9 +104,14 @@ WIDTH_STEP = 8
 each width took 120 MB more, of 870, with every width allowed."""
 
 
+def padded_width(ids: Sequence[Tokens]) -> int:
+    """Tokens that the widest of these rows takes in a batch."""
+    return -(-max(map(len, ids)) // WIDTH_STEP) * WIDTH_STEP
+
+
 def padded(ids: Sequence[Tokens]) -> torch.Tensor:
     """Token rows padded on the right with 0, (B, T) int64, T a multiple of WIDTH_STEP."""
-    width = -(-max(map(len, ids)) // WIDTH_STEP) * WIDTH_STEP
+    width = padded_width(ids)
     return torch.tensor([row + [0] * (width - len(row)) for row in ids])
 
 
