@@ -126,7 +126,7 @@ class Answer(Iterator[str]):
             raise
         except RuntimeError as exc:
             self.close()
-            raise _failure(exc) from None
+            raise failure(exc) from None
 
     def __enter__(self) -> "Answer":
         return self
@@ -168,12 +168,12 @@ class Answer(Iterator[str]):
     ) -> Generator[str, None, None]:
         strand = self._strand
         for at in range(0, len(unread), READ_TOKENS):
-            if stopped := _stopped(request, self._started):
+            if stopped := stopped_by(request, self._started):
                 strand.end(stopped)
                 return
             generator.append_tokens(np.asarray([unread[at : at + READ_TOKENS]], np.int32))
         first = 0.0
-        while not (stopped := _stopped(request, self._started)):
+        while not (stopped := stopped_by(request, self._started)):
             generator.generate_next_token()
             now = time.perf_counter()
             if not first:  # reading the prompt has another speed
@@ -193,38 +193,16 @@ class Answer(Iterator[str]):
             yield rest
 
 
-def write_many(
-    generator: Any, strands: Sequence[Strand], request: Request, *, limit: int, started: float
-) -> None:
-    """Let one generator, which has read one prompt per strand, write all their answers.
-
-    Raises:
-        RuntimeFailure: the model failed.
-    """
-    try:
-        for _ in range(limit):
-            if stopped := _stopped(request, started):
-                break
-            generator.generate_next_token()
-            for strand, token in zip(strands, generator.get_next_tokens(), strict=True):
-                if not strand.finish:
-                    strand.feed(int(token))
-            if generator.is_done() or all(strand.finish for strand in strands):
-                break
-    except RuntimeError as exc:
-        raise _failure(exc) from None
-    for strand in strands:
-        strand.end(stopped or "length")
-
-
-def _failure(exc: RuntimeError) -> RuntimeFailure:
+def failure(exc: RuntimeError) -> RuntimeFailure:
+    """Return what to raise when genai fails in the middle of an answer."""
     # Only the first line, and not as a cause: genai goes on with the text of the answer, which
     # must not come into a log.
     reason = str(exc).partition("\n")[0][:200]
     return RuntimeFailure(f"the model could not go on with its answer: {reason}")
 
 
-def _stopped(request: Request, started: float) -> Finish:
+def stopped_by(request: Request, started: float) -> Finish:
+    """Return what ends a request that `started` then, "" for nothing yet."""
     if request.cancel is not None and request.cancel.is_set():
         return "cancelled"
     if time.perf_counter() - started > request.time_s:

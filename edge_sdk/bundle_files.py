@@ -62,6 +62,18 @@ class BundleFiles:
         ids = self.settings["model"].get("eos_token_id", ())
         return frozenset([ids] if isinstance(ids, int) else ids)
 
+    def limit(self, wanted: int | None) -> int:
+        """Return the context to use when `wanted` tokens are asked for, None for the model's own.
+
+        Raises:
+            RuntimeFailure: more than the model allows, or too few for a prompt and an answer.
+        """
+        if wanted is not None and not 2 <= wanted <= self.context:
+            raise RuntimeFailure(
+                f"context is {wanted}; the model {self.folder} allows 2 to {self.context} tokens"
+            )
+        return wanted or self.context
+
     def check(self) -> None:
         """Compare every file that the manifest names with its hash there.
 

@@ -21,7 +21,7 @@ from edge_sdk.adapters import AdapterShelf, Slots
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Request
 from edge_sdk.labels import F32
-from edge_sdk.prompts import Tokens
+from edge_sdk.prompts import READ_TOKENS, Tokens
 
 _NO_TOKEN = -1
 
@@ -93,7 +93,7 @@ class GenaiModel:
 
 
 def read(generator: Any, rows: Sequence[Tokens]) -> None:
-    """Let a generator read its prompts, padded on the right.
+    """Let a generator read its prompts, one in steps, several at once and padded on the right.
 
     Raises:
         RuntimeFailure: genai refuses.
@@ -102,8 +102,10 @@ def read(generator: Any, rows: Sequence[Tokens]) -> None:
     ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = row
+    step = READ_TOKENS if len(rows) == 1 else width
     try:
-        generator.append_tokens(ids)
+        for at in range(0, width, step):
+            generator.append_tokens(ids[:, at : at + step])
     except (RuntimeError, TypeError) as exc:
         raise RuntimeFailure(f"the model refused the request: {exc}") from exc
 

@@ -31,3 +31,16 @@ def grammar(schema: Mapping[str, Any] | str) -> str:
     if len(text) > MAX_SCHEMA_BYTES:
         raise RuntimeFailure(f"the JSON schema has {len(text)} bytes; allowed: {MAX_SCHEMA_BYTES}")
     return text
+
+
+def check_whole(finish: str, tokens: int) -> None:
+    """Check that an answer in JSON came to its own end: JSON that was cut off is no JSON.
+
+    Raises:
+        RuntimeFailure: it was cut off, after so many `tokens`.
+    """
+    if finish != "stop":
+        raise RuntimeFailure(
+            f"the JSON was cut off after {tokens} tokens ({finish}); allow more with max_tokens or "
+            "time_s, or bound the schema's texts and lists"
+        )

@@ -25,6 +25,7 @@ from edge_sdk.wire.messages import (
 )
 
 if TYPE_CHECKING:
+    from edge_sdk.encoders import EncoderSession
     from edge_sdk.runtime import SlmSession
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class ModelDesk:
         self._config, self._task = config, task
         self._examples, self._models, self._recall = examples, models, recall
         self._tell = tell
-        self.session: SlmSession | None = None
+        self.session: SlmSession | EncoderSession | None = None
 
     def open_current(self) -> None:
         """Open the release that runs, or the one before it if that fails; nothing if none is held.
@@ -159,12 +160,12 @@ class ModelDesk:
 
     def _use(self, held: Held) -> None:
         """Answer with `held` from now on; a new adapter over the open bundle needs no loading."""
-        from edge_sdk.runtime import SlmSession
+        from edge_sdk.sessions import open_session
 
         session = self.session
         if session is None or str(session.folder) != held.bundle:
             runtime = self._config.runtime
-            session = SlmSession(
+            session = open_session(
                 held.bundle,
                 threads=runtime.threads,
                 max_tokens=runtime.max_tokens,
@@ -176,7 +177,7 @@ class ModelDesk:
         self.session = session
 
     def _measure(self, task_id: str, held: Held, watch: Stopwatch) -> ModelReport:
-        from edge_sdk.runtime import accuracy
+        from edge_sdk.labels import accuracy
 
         session = self.running()
         own = self._examples.held_out()
@@ -193,7 +194,7 @@ class ModelDesk:
             seconds=watch.seconds,
         )
 
-    def running(self) -> "SlmSession":
+    def running(self) -> "SlmSession | EncoderSession":
         """Return the open model.
 
         Raises:

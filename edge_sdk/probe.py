@@ -17,6 +17,7 @@ from edge_sdk.errors import FleetError, RuntimeFailure
 from edge_sdk.wire.manifest import GOLDEN_FILE, MAX_MANIFEST_BYTES, Golden, decode_golden
 
 if TYPE_CHECKING:
+    from edge_sdk.encoders import EncoderSession
     from edge_sdk.runtime import SlmSession
 
 PROMPT = "Request: what is the time?"
@@ -30,17 +31,19 @@ def main(arguments: list[str]) -> int:
     bundle, adapter, limit_mb, threads, seconds = arguments
     limit_self(int(limit_mb) << 20, math.ceil(float(seconds)) * max(1, int(threads)))
     from edge_sdk.runtime import SlmSession
+    from edge_sdk.sessions import open_session
 
     try:
-        with SlmSession(bundle, threads=int(threads), check=False) as session:
+        with open_session(bundle, threads=int(threads), check=False) as session:
             golden = read_golden(Path(bundle))
             if golden is not None:
                 compare(session, golden)
             session.set_adapter(adapter or None)
-            _, logits = session.top_logits(PROMPT, k=8)
+            logits = session.next_logits(session.encode(PROMPT))
             if not all(math.isfinite(value) for value in logits):
                 raise RuntimeFailure("its logits are not finite numbers")
-            session.generate(PROMPT, max_tokens=4)
+            if isinstance(session, SlmSession):
+                session.generate(PROMPT, max_tokens=4)
             if session.task is not None:
                 session.classify(PROMPT)
     except (FleetError, MemoryError) as exc:
@@ -73,7 +76,7 @@ def read_golden(bundle: Path) -> Golden | None:
         raise RuntimeFailure(f"{GOLDEN_FILE} cannot be read: {exc}") from exc
 
 
-def compare(session: "SlmSession", golden: Golden) -> float:
+def compare(session: "SlmSession | EncoderSession", golden: Golden) -> float:
     """Return the largest relative error of the golden rows, at most GOLDEN_ERROR_MAX.
 
     Raises:

@@ -7,7 +7,7 @@ A text becomes `Request: {text}\\nKind:` followed by the label's word. The frame
 always kept; a text too long is cut at its end.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,7 +123,7 @@ held in memory (100 MB for 512 tokens of a 49,152-token vocabulary), and 128 are
 504 tokens on a 135 M model took 0.92 s at once, 0.78 s like this (two threads)."""
 
 
-def batches(rows: Sequence[Tokens], *, tokens: int) -> Iterator[list[int]]:
+def batches(rows: Sequence[Sized], *, tokens: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, each at most MAX_ROWS rows and, when padded, at
     most `tokens` (or one row)."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))

@@ -17,15 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.adapter_use import AdapterUse
-from edge_sdk.answer import Answer, Strand, write_many
+from edge_sdk.answer import Answer, Strand, stopped_by
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.chat_template import ChatTemplate, Messages
 from edge_sdk.conversation import Conversation
 from edge_sdk.errors import ConfigError, RuntimeFailure
 from edge_sdk.genai_model import GenaiModel, logits, read
 from edge_sdk.generation import Options, Request
+from edge_sdk.json_answers import check_whole
 from edge_sdk.labels import F32, accuracy
-from edge_sdk.prompts import Tokens, batches, load_tokenizer
+from edge_sdk.many import MANY_TOKENS, groups, write_many
+from edge_sdk.prompts import READ_TOKENS, Tokens, load_tokenizer
 from edge_sdk.wire.messages import TextTask
 from edge_sdk.word_labels import BATCH_TOKENS, WordLabels
 
@@ -75,7 +77,7 @@ class SlmSession(WordLabels, AdapterUse):
                 the infer extra is missing.
         """
         files = BundleFiles.read(Path(bundle_dir))
-        limit = _context(files, context)
+        limit = files.limit(context)
         if check:
             files.check()
         if memory_mb is not None:
@@ -88,9 +90,11 @@ class SlmSession(WordLabels, AdapterUse):
         except ConfigError as exc:
             raise RuntimeFailure(f"the bundle {files.folder} cannot be loaded: {exc}") from exc
         self._model = GenaiModel(files.folder, slots, session_options=own)
-        WordLabels.__init__(
-            self, task or (manifest.task if manifest else None), tokenizer, context=limit
-        )
+        task = task or (manifest.task if manifest else None)
+        tight = memory_mb is not None
+        at_once = READ_TOKENS if tight else BATCH_TOKENS
+        WordLabels.__init__(self, task, tokenizer, context=limit, batch_tokens=at_once)
+        self._many_tokens = limit if tight else MANY_TOKENS
         AdapterUse.__init__(self, self._model)
         self._template = ChatTemplate(files.folder)
         self.folder, self._ends = files.folder, files.ends
@@ -126,7 +130,7 @@ class SlmSession(WordLabels, AdapterUse):
         for _ in answer:
             pass
         if options.get("schema") is not None:
-            _check_whole(answer.finish, len(answer.tokens))
+            check_whole(answer.finish, len(answer.tokens))
         return answer.text
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Answer:
@@ -153,22 +157,19 @@ class SlmSession(WordLabels, AdapterUse):
         rows = [self._prompt_ids(prompt) for prompt in prompts]
         strands = [Strand(self._tokenizer, request.stop, self._ends) for _ in rows]
         started = time.perf_counter()
-        # A grammar that one row of a batch has come to the end of ends the others with an error.
-        tokens = 1 if request.schema else BATCH_TOKENS
-        for batch in batches(rows, tokens=tokens):
+        for batch in groups(rows, request, context=self.context, tokens=self._many_tokens):
+            together = [strands[i] for i in batch]
+            if finish := stopped_by(request, started):
+                for strand in together:
+                    strand.end(finish)
+                continue
             width = max(len(rows[i]) for i in batch)
-            limit = min(self.context, width + request.max_tokens)
-            generator = self._model.generator(request, limit=limit, rows=len(batch))
+            room = min(request.max_tokens, self.context - width)
+            generator = self._model.generator(request, limit=width + room, rows=len(batch))
             read(generator, [rows[i] for i in batch])
-            write_many(
-                generator,
-                [strands[i] for i in batch],
-                request,
-                limit=limit - width,
-                started=started,
-            )
+            write_many(generator, together, request, limit=room, started=started)
         for strand in strands if request.schema else ():
-            _check_whole(strand.finish, len(strand.tokens))
+            check_whole(strand.finish, len(strand.tokens))
         return [strand.text for strand in strands]
 
     def chat_prompt(self, messages: Messages, *, answer: bool = True) -> str:
@@ -312,22 +313,3 @@ class SlmSession(WordLabels, AdapterUse):
                 f"the prompt has {tokens} tokens and the model's context is {self.context}; "
                 f"shorten it to at most {self.context - 1}"
             )
-
-
-def _context(files: BundleFiles, wanted: int | None) -> int:
-    if wanted is None:
-        return files.context
-    if not 2 <= wanted <= files.context:
-        raise RuntimeFailure(
-            f"context is {wanted}; the model {files.folder} allows 2 to {files.context} tokens"
-        )
-    return wanted
-
-
-def _check_whole(finish: str, tokens: int) -> None:
-    """JSON that was cut off is no JSON."""
-    if finish != "stop":
-        raise RuntimeFailure(
-            f"the JSON was cut off after {tokens} tokens ({finish}); allow more with max_tokens or "
-            "time_s, or bound the schema's texts and lists"
-        )

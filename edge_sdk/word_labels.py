@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BATCH_TOKENS = 1024
-"""Padded tokens per batch: bounds the attention cache, which is reserved at once."""
+"""Padded tokens read at once; their attention cache and logits are held in memory."""
 
 
 class WordLabels(LabelAnswers):
     """Label probabilities over `_next_logits`, which a session brings."""
 
-    def __init__(self, task: TextTask | None, tokenizer: "Tokenizer", *, context: int) -> None:
-        self.task, self.context = task, context
+    def __init__(
+        self,
+        task: TextTask | None,
+        tokenizer: "Tokenizer",
+        *,
+        context: int,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        """`batch_tokens`: padded tokens of prompts that are read at once, or one prompt."""
+        self.task, self.context, self._batch_tokens = task, context, batch_tokens
         self._tokenizer = tokenizer
         self._prompts: dict[TextTask, TaskPrompts] = {}
 
@@ -46,7 +54,7 @@ class WordLabels(LabelAnswers):
             raise RuntimeFailure("a text to classify is empty")
         rows = prompts.prompts(texts)
         found = np.zeros((len(rows), len(prompts.words)), np.float32)
-        for batch in batches(rows, tokens=BATCH_TOKENS):
+        for batch in batches(rows, tokens=self._batch_tokens):
             scores = self._word_log_probs([rows[i] for i in batch], prompts)  # (B, labels)
             found[batch] = softmax(scores)
         return found

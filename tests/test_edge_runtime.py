@@ -147,6 +147,17 @@ def test_refusals_leave_the_session_usable(session: SlmSession) -> None:
     assert session.classify("x" * 500) in TASK.labels  # a long text to classify is cut
 
 
+def test_the_module_loads_no_runtime_before_a_model_is_opened() -> None:
+    code = (
+        "import sys, edge_sdk.runtime, edge_sdk.conversation\n"
+        "heavy = {'onnxruntime', 'onnxruntime_genai', 'tokenizers', 'jinja2', 'torch'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert done.stdout == "[]\n"
+
+
 def test_a_folder_that_is_no_bundle_and_a_closed_session(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeFailure, match="is not a model bundle"):
         SlmSession(tmp_path)

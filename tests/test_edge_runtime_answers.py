@@ -123,7 +123,7 @@ def test_a_repetition_penalty_leaves_fewer_repetitions(session: SlmSession) -> N
 
 def test_a_batch_writes_what_each_prompt_gives_alone(session: SlmSession) -> None:
     """Prompts of different lengths, more of them than one batch takes, in their order."""
-    prompts = [PROMPT[: 3 + i % 12] + str(i) for i in range(40)]
+    prompts = [PROMPT[: 3 + i % 12] + str(i) for i in range(40)] + ["x" * 120, "y" * 124]
 
     together = session.generate_many(prompts, max_tokens=6)
 
