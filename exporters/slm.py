@@ -234,6 +234,13 @@ def _mend_shared_embedding(graph: onnx.ModelProto) -> None:
                 node.input[i] = head.input[2 if "scale" in name else 1]
 
 
+def mend_shared_embedding_file(path: Path) -> None:
+    """Repair what the builder's own graph file needs before ONNX Runtime can load it."""
+    graph = onnx.load(str(path), load_external_data=False)
+    _mend_shared_embedding(graph)
+    onnx.save(graph, str(path))
+
+
 def _torch_names(
     model_dir: Path,
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, int]]]:
