@@ -4,6 +4,7 @@ Knows messages and Jinja. Does not know models or tokens.
 """
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +26,19 @@ class ChatTemplate:
         stops: texts at which an answer ends because the model would begin the user's next turn.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, borders: Sequence[str] = ()) -> None:
         """Read the template of the bundle in `folder`.
+
+        `borders` are the texts of the tokenizer's special tokens, which mark where turns begin and
+        end: within a message they are taken apart by a space, so that no message can pose as
+        another's turn.
 
         Raises:
             RuntimeFailure: its files cannot be read.
         """
         self._source, self._specials = _read(folder)
+        longest_first = sorted(filter(None, borders), key=len, reverse=True)
+        self._borders = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._template: Any = None
         self._lock = threading.Lock()
         self.stops: tuple[str, ...] = () if self._source else ("\nUser:",)
@@ -48,12 +55,16 @@ class ChatTemplate:
             RuntimeFailure: no messages, an unknown role, or a template that refuses or fails.
         """
         _check(messages)
+        messages = [
+            {**message, "content": self._borders.sub(_apart, message["content"])}
+            for message in messages
+        ]
         if not self._source:
             return _plain(messages, answer)
         with self._lock:
             self._template = self._template or _compiled(self._source)
             text: str = self._template(
-                messages=[dict(message) for message in messages],
+                messages=messages,
                 add_generation_prompt=answer,
                 **self._specials,
             )
@@ -100,6 +111,10 @@ def _check(messages: Messages) -> None:
             raise RuntimeFailure(f"a message has the role {role!r}; known are {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise RuntimeFailure(f"the content of a message is a {type(content).__name__}, no text")
+
+
+def _apart(found: re.Match[str]) -> str:
+    return f"{found[0][:1]} {found[0][1:]}"
 
 
 def _plain(messages: Messages, answer: bool) -> str:

@@ -96,7 +96,9 @@ class SlmSession(WordLabels, AdapterUse):
         WordLabels.__init__(self, task, tokenizer, context=limit, batch_tokens=at_once)
         self._many_tokens = limit if tight else MANY_TOKENS
         AdapterUse.__init__(self, self._model)
-        self._template = ChatTemplate(files.folder)
+        added = tokenizer.get_added_tokens_decoder().values()
+        borders = [token.content for token in added if token.special]
+        self._template = ChatTemplate(files.folder, borders=borders)
         self.folder, self._ends = files.folder, files.ends
         self.release = manifest.release if manifest else ""
         self.tokens_per_s = 0.0

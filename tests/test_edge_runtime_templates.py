@@ -182,6 +182,18 @@ def test_a_hostile_template_ends_in_an_error_within_its_budget() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**20
 
 
+def test_without_jinja_only_a_template_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.delitem(sys.modules, "edge_sdk.jinja_sandbox")
+    assert ChatTemplate(tmp_path).render(MESSAGES[1:2]) == "User: hello\nAssistant:"
+    (tmp_path / "chat_template.jinja").write_text(MARKED)
+
+    with pytest.raises(RuntimeFailure, match=r"needs the infer extra: pip install 'symbiont\[inf"):
+        ChatTemplate(tmp_path).render(MESSAGES)
+
+
 def test_the_template_is_found_where_bundles_keep_it(tmp_path: Path) -> None:
     config = tmp_path / "tokenizer_config.json"
     assert ChatTemplate(tmp_path).stops == ("\nUser:",)
