@@ -14,6 +14,7 @@ from exporters import eora_commands
 
 Parsers = argparse._SubParsersAction  # argparse offers no public name for it
 
+_ENCODERS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "BertModel")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
@@ -24,8 +25,9 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
         "export",
         help="turn a trained model into a bundle for devices",
         description="Export a Hugging Face model, compare it with torch, and write a bundle folder "
-        "that can be published: a decoder to int4 ONNX with LoRA inputs, a text classifier "
-        "(ForSequenceClassification) to int8 ONNX; the options for weights are the decoder's.",
+        "that can be published: a decoder to int4 ONNX with LoRA inputs, an encoder "
+        "(ForSequenceClassification, ForMaskedLM) to int8 ONNX; options for weights are for "
+        "decoders.",
     )
     parser.add_argument("model", help="folder of save_pretrained, or a hub id such as org/name")
     parser.add_argument("out", type=Path, help="bundle folder to create")
@@ -66,14 +68,14 @@ def find_model(model: str) -> Path:
         ) from exc
 
 
-def is_classifier(folder: Path) -> bool:
-    """Whether the Hugging Face folder holds a text classifier, by its own config.json."""
+def is_encoder(folder: Path) -> bool:
+    """Whether the Hugging Face folder holds an encoder, by its own config.json."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # the exporter says what is wrong with the folder
     names = config.get("architectures") if isinstance(config, dict) else None
-    return any(str(name).endswith("ForSequenceClassification") for name in names or ())
+    return any(str(name).endswith(_ENCODERS) for name in names or ())
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -91,7 +93,7 @@ def _export(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     folder = find_model(arguments.model)
     names = {"family": arguments.family, "release": arguments.release}
-    if is_classifier(folder):
+    if is_encoder(folder):
         from exporters.encoder import export_encoder
 
         manifest = export_encoder(folder, arguments.out, text_for_parity=texts, **names)
