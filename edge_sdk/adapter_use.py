@@ -37,7 +37,7 @@ class AdapterUse:
         Raises:
             RuntimeFailure: the name is taken, not an adapter file, or an adapter of another base.
         """
-        with self._model.shelf() as shelf:
+        with self._model.shelf(loading=True) as shelf:
             shelf.load(name, Path(path))
 
     def unload_adapter(self, name: str) -> None:
@@ -59,7 +59,7 @@ class AdapterUse:
         Raises:
             RuntimeFailure: not an adapter, or one of another base; the old one stays.
         """
-        with self._model.shelf() as shelf:
+        with self._model.shelf(loading=name_or_path is not None) as shelf:
             self._adapter = "" if name_or_path is None else shelf.find(name_or_path)
             self._adapter_path = shelf.path(self._adapter)
             shelf.drop_unnamed(keep=self._adapter)

@@ -51,6 +51,19 @@ class AdapterShelf:
             raise RuntimeFailure(f"the adapter {path} cannot be loaded: {exc}") from exc
         self._paths[name] = path
 
+    def move(self, adapters: Any) -> None:
+        """Load every adapter into `adapters`, the store of another graph with the same slots.
+
+        Raises:
+            RuntimeFailure: a file has changed or gone; then everything stays where it was.
+        """
+        for name, path in self._paths.items():
+            try:
+                adapters.load(str(path), name)
+            except RuntimeError as exc:
+                raise RuntimeFailure(f"the adapter {path} cannot be loaded again: {exc}") from exc
+        self._adapters = adapters
+
     def unload(self, name: str) -> None:
         """Free the adapter `name`.
 

@@ -6,6 +6,9 @@ Knows genai's calls and their dangers. Does not know text: it takes and gives to
   really ends in the model's own pad token is not mistaken for padding.
 - After `generate_next_token`, genai 0.18 appends further tokens at the wrong place (logits differ
   by several units). `rewind_to` a place before the picked token and appending it again is exact.
+- A bundle may hold several graphs over the same weights (exporters/slm.py). The quickest that does
+  what was asked is in memory, one at a time: the first adapter, or the first request for every
+  row's logits, replaces it; answers already begun keep theirs.
 """
 
 import json
@@ -24,6 +27,9 @@ from edge_sdk.labels import F32
 from edge_sdk.prompts import READ_TOKENS, Tokens
 
 _NO_TOKEN = -1
+_QUICK, _ADAPTED, _WHOLE = range(3)
+_GRAPHS = ("answer.onnx", "answer_adapted.onnx", "model.onnx")
+"""The last row's logits; the same with slots for adapters; all rows' logits with slots."""
 
 
 class GenaiModel:
@@ -39,14 +45,31 @@ class GenaiModel:
         """
         self._og = import_genai()
         self._lock = threading.Lock()
-        settings = {"pad_token_id": _NO_TOKEN, "decoder": {"session_options": session_options}}
+        self._folder, self._session_options = folder, session_options
+        self._graph, self._model, adapters = self._load(_QUICK)
+        self._shelf = AdapterShelf(adapters, slots)
+
+    def _load(self, wanted: int) -> tuple[int, Any, Any]:
+        """The number of the quickest graph that does what `wanted` does, its model and adapters."""
+        settings: dict[str, Any] = {"session_options": self._session_options}
+        names = [name for name in _GRAPHS[wanted:-1] if (self._folder / name).is_file()]
+        if names:  # else the one that genai_config.json names, which is whole
+            settings["filename"] = names[0]
         try:
-            config = self._og.Config(str(folder))
-            config.overlay(json.dumps({"model": settings}))
-            self._model: Any = self._og.Model(config)
-            self._shelf = AdapterShelf(self._og.Adapters(self._model), slots)
+            config = self._og.Config(str(self._folder))
+            config.overlay(json.dumps({"model": {"pad_token_id": _NO_TOKEN, "decoder": settings}}))
+            model = self._og.Model(config)
+            graph = _GRAPHS.index(names[0]) if names else _WHOLE
+            return graph, model, self._og.Adapters(model)
         except (RuntimeError, TypeError, ValueError) as exc:
-            raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {exc}") from exc
+            raise RuntimeFailure(f"the bundle {self._folder} cannot be loaded: {exc}") from exc
+
+    def _reach(self, wanted: int) -> None:
+        """Have a graph in memory that does what `wanted` does."""
+        if self._graph < wanted:
+            graph, model, adapters = self._load(wanted)
+            self._shelf.move(adapters)
+            self._graph, self._model = graph, model
 
     def close(self) -> None:
         """Free the model; later requests are refused. Closing twice is harmless."""
@@ -55,18 +78,30 @@ class GenaiModel:
             self._shelf = AdapterShelf(None, {})
 
     @contextmanager
-    def shelf(self) -> Iterator[AdapterShelf]:
-        """The adapters, for one caller at a time.
+    def shelf(self, *, loading: bool = False) -> Iterator[AdapterShelf]:
+        """The adapters, for one caller at a time; `loading`, who may load one.
 
         Raises:
             RuntimeFailure: the model is closed.
         """
         with self._lock:
             self._opened()
+            if loading:
+                self._reach(_ADAPTED)
             yield self._shelf
 
-    def generator(self, request: Request, *, limit: int, rows: int = 1, **search: Any) -> Any:
+    def generator(
+        self,
+        request: Request,
+        *,
+        limit: int,
+        rows: int = 1,
+        every_row: bool = False,
+        **search: Any,
+    ) -> Any:
         """Return a generator that has read nothing; `limit` counts prompt and answer.
+
+        With `every_row` its output "logits" has those of every token just read, not the last only.
 
         Raises:
             RuntimeFailure: the model is closed, there is no such adapter, or genai refuses the
@@ -74,7 +109,10 @@ class GenaiModel:
         """
         search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
         with self._lock:
-            model = self._opened()
+            self._opened()
+            if every_row:
+                self._reach(_WHOLE)
+            model = self._model
             try:
                 params = self._og.GeneratorParams(model)
                 params.set_search_options(**search)

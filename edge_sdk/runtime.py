@@ -255,13 +255,16 @@ class SlmSession(WordLabels, AdapterUse):
         name = self._adapter_of(request.adapter)
         return replace(request, adapter=name, stop=request.stop + stops)
 
-    def generator(self, request: Request, *, limit: int) -> Any:
+    def generator(self, request: Request, *, limit: int, every_row: bool = False) -> Any:
         """Return a genai generator that has read nothing; `limit` counts prompt and answer.
+
+        With `every_row` its output "logits" has those of every token just read; without, the
+        quickest graph that does may give the last one's only.
 
         Raises:
             RuntimeFailure: the session is closed, or genai refuses the options or the schema.
         """
-        return self._model.generator(request, limit=limit)
+        return self._model.generator(request, limit=limit, every_row=every_row)
 
     def answer(
         self,

@@ -235,8 +235,11 @@ class Speculator:
         return not 0 < self._target.count(prompt) < self._target.context  # the session says why
 
     def _rows(self, session: SlmSession, limit: int, request: Request | None = None) -> Rows:
-        limit = min(limit, session.context)
-        return GenaiRows(session.generator(request or session.request({}), limit=limit))
+        every_row = session is self._target  # of the draft model only the last one's logits
+        generator = session.generator(
+            request or session.request({}), limit=min(limit, session.context), every_row=every_row
+        )
+        return GenaiRows(generator, every_row=every_row)
 
     def _times(self, session: SlmSession, counts: Sequence[int]) -> list[float]:
         start = min(_CALIBRATION_TOKENS, session.context // 2)

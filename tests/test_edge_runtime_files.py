@@ -85,7 +85,7 @@ def test_the_check_can_be_left_to_who_has_made_it(bundle: Path) -> None:
         lambda folder: (folder / "genai_config.json").write_text('{"model": {}}'),
         lambda folder: (folder / "genai_config.json").write_text("[" * 9000),
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        lambda folder: (folder / "model.onnx").write_bytes(b"\x08"),
+        lambda folder: (folder / "answer.onnx").write_bytes(b"\x08"),
         lambda folder: (folder / "tokenizer_config.json").write_text("nothing"),
     ],
 )
