@@ -97,7 +97,7 @@ class LinearCodes:
 
     def reduced(self, values: npt.NDArray[np.integer]) -> U32:
         """Integers as elements of the ring."""
-        return (values.astype(np.int64) & (2**self.bits - 1)).astype(np.uint32)
+        return np.asarray(values.astype(np.int64) & (2**self.bits - 1), np.uint32)
 
     def decode_sum(self, total: U32) -> dict[str, npt.NDArray[np.float32]]:
         """The sum of all devices' updates, from the sum of their codes in the ring (size,).
