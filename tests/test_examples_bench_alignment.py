@@ -1,4 +1,4 @@
-"""The alignment benchmark: ours and the plain reference give the same answers, and files are read."""
+"""The alignment benchmark: ours and the plain reference agree, and vocabulary files are read."""
 
 import json
 import lzma
