@@ -30,6 +30,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.link.arriving import TURN_BYTES, Arriving
 from edge_sdk.link.base import Link
+from edge_sdk.link.calls import CALL, Calls
 from edge_sdk.link.passwords import COORDINATOR
 from edge_sdk.link.receiving import Accept, Admit, Receiver, Refused
 from edge_sdk.link.sending import Progress, Sender
@@ -163,6 +164,15 @@ class Courier:
             refused=refused,
             limits=limits,
         )
+        self.calls = Calls(
+            self._publish,
+            ring,
+            tenant=tenant,
+            me=me,
+            lookup=lookup,
+            now=now,
+            note=ledger.called if ledger is not None else None,
+        )
         if self._coordinates:
             link.subscribe(f"v1/{tenant}/+/up", self._on_message)
         else:
@@ -188,6 +198,7 @@ class Courier:
             self._closing = True
             self._stir.notify_all()
         self._link.close()
+        self.calls.close()
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
 
@@ -413,12 +424,22 @@ class Courier:
         self.nudge()
 
     def _on_message(self, topic: str, payload: bytes) -> None:
+        if payload[:1] == bytes([CALL]):  # waits neither for the worker nor for its disk
+            self._call(topic, payload)
+            return
         with self._stir:
             if self._worker is not None:  # waiting here slows the broker down, as it should
                 self._stir.wait_for(lambda: self._closing or self._inbox_bytes < _INBOX_BYTES)
             self._inbox.append((topic, payload))
             self._inbox_bytes += len(payload)
             self._stir.notify_all()
+
+    def _call(self, topic: str, payload: bytes) -> None:
+        levels = topic.split("/")
+        if len(levels) == 4 and levels[3] in ("up", "down"):
+            peer = levels[2] if self._coordinates else COORDINATOR
+            self._received[peer, "calls"] += len(payload) + len(topic) + _PACKET_BYTES
+            self.calls.receive(peer, payload)
 
     def _handle(self, topic: str, payload: bytes) -> None:
         levels = topic.split("/")

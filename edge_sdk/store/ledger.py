@@ -28,7 +28,7 @@ import msgspec
 
 from edge_sdk.errors import StorageError
 from edge_sdk.store.mailbox import Body, Mailbox, Posted
-from edge_sdk.wire.messages import AnyMessage, decode
+from edge_sdk.wire.messages import AnyMessage, decode, encode
 from edge_sdk.wire.seal import Header, peek_header
 
 MAX_LINES = 20_000
@@ -129,6 +129,23 @@ class Ledger:
             opened = _Open(item, key_id, current.wire_bytes if current else 0)
             self._append(RESUMED if known else BEGUN, opened, fields=sizes)
         self._open[item.stream] = opened
+
+    def called(self, to: str, stream: bytes, message: AnyMessage, manifest: bytes) -> None:
+        """Note, durably, that a call is about to leave; nobody confirms it, so it stays "begun".
+
+        Raises:
+            StorageError: the disk refuses; it must not be sent.
+        """
+        header, data = peek_header(manifest), encode(message)
+        body = Body(data, len(data))
+        item = Posted(
+            stream, to, header.kind, header.task, header.sequence, manifest, b"", "", body
+        )
+        self._append(
+            BEGUN,
+            _Open(item, header.recipient_key.hex(), len(data)),
+            fields=json.dumps(field_sizes(message)),
+        )
 
     def count(self, stream: bytes, wire_bytes: int) -> None:
         """Add a frame's bytes that the link took."""
