@@ -6,6 +6,9 @@ sessions, answers or clocks.
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from edge_sdk.algorithms.lookup import LONGEST, Lookup
 from edge_sdk.algorithms.rows import Rows
 from edge_sdk.algorithms.speculative import Step, best_length, expected_tokens
@@ -72,21 +75,26 @@ class DraftModel:
 
     def guess(self, text: Tokens, length: int) -> Tokens:
         """Return up to `length` tokens after `text`; ends before an end token."""
-        while self._sure < min(len(self._read), len(text) - 1) and (
-            self._read[self._sure] == text[self._sure]
-        ):
-            self._sure += 1
-        self._rows.rewind(self._sure)
-        del self._read[self._sure :]
-        unread, guessed = text[self._sure :], list[int]()
+        guessed: Tokens = []
         while len(guessed) < length:
-            best = int(self._rows.read(unread)[-1].argmax())
-            self._read += unread
+            best = int(self.logits([*text, *guessed]).argmax())
             if best in self._ends:
                 break
             guessed.append(best)
-            unread = [best]
+        self._sure = min(self._sure, len(text))  # what was guessed may not come
         return guessed
+
+    def logits(self, text: Tokens) -> npt.NDArray[np.float32]:
+        """Return what the model expects after `text`, (vocab,)."""
+        most = min(len(self._read), len(text) - 1)  # the last token is read for its logits
+        sure = min(self._sure, most)
+        while sure < most and self._read[sure] == text[sure]:
+            sure += 1
+        self._rows.rewind(sure)
+        self._read[sure:] = text[sure:]
+        self._sure = sure
+        after: npt.NDArray[np.float32] = self._rows.read(text[sure:])[-1]
+        return after
 
 
 class Guesses:

@@ -23,7 +23,10 @@ class Rows(Protocol):
         """Tokens read so far."""
 
     def read(self, ids: Sequence[int]) -> F32:
-        """Read `ids`, (T,), after what was read; return the logits after each, (T, vocab)."""
+        """Read `ids`, (T,), after what was read; return the logits after each, (T, vocab).
+
+        Rows that were opened for the last token only may return its row alone, (1, vocab).
+        """
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -35,8 +38,8 @@ class GenaiRows:
     `generate_next_token` is never called: genai 0.18 reads tokens at the wrong place after it.
     """
 
-    def __init__(self, generator: Any) -> None:
-        self._generator = generator
+    def __init__(self, generator: Any, *, every_row: bool = True) -> None:
+        self._generator, self._every_row = generator, every_row
         self.length = 0
 
     def read(self, ids: Sequence[int]) -> F32:
@@ -51,7 +54,7 @@ class GenaiRows:
         except RuntimeError as exc:
             raise RuntimeFailure(f"the model could not read {len(ids)} tokens: {exc}") from exc
         self.length += len(ids)
-        if len(found) != len(ids):
+        if self._every_row and len(found) != len(ids):
             raise RuntimeFailure(
                 f"the graph gives logits for {len(found)} of {len(ids)} tokens; speculative "
                 "decoding needs them all: export the model without pruned logits"
