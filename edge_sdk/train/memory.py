@@ -115,11 +115,10 @@ def peak_mb(needs: Needs, way: Way, *, rows: int, answers: int) -> int:
     """MiB the way takes at its peak for steps of `rows` sequences with `answers` predicted tokens
     each, rounded up."""
     at_once = min(way.rows or rows, rows)
-    if way.again:
-        row = needs.border * needs.layers + needs.layer + max(0, needs.kept - needs.layers
-                                                              * needs.layer)  # fmt: skip
-    else:
-        row = needs.kept
+    row = needs.kept
+    if way.again:  # a state at every border, one layer at a time, and what no layer keeps
+        outside = max(0, needs.kept - needs.layers * needs.layer)
+        row = needs.layers * needs.border + needs.layer + outside
     held = needs.packed if way.packed else needs.dense
     row += needs.passing + answers * needs.answer
     return -(-(held + needs.factors + at_once * row) // MIB) + FIXED_MB
