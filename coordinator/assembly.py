@@ -259,6 +259,7 @@ def crosslm_config(config: CoordinatorConfig) -> CrossLMConfig:
         llm_share=program.llm_share,
         distil_steps=program.distil_steps,
         distil_lr=program.distil_lr,
+        patience=program.patience,
         score_on_devices=program.score_on_devices,
         learn_codec=program.learn_codec,
         training=_training(config),

@@ -167,6 +167,10 @@ class ProgramSection(Struct, frozen=True, forbid_unknown_fields=True):
         int, Meta(ge=0, le=1_000_000, description="Steps of distillation a round; 0 leaves it out.")
     ] = 40
     distil_lr: Annotated[float, Meta(gt=0, le=1, description="Its learning rate.")] = 2e-3
+    patience: Annotated[
+        int,
+        Meta(ge=0, le=1000, description="Rounds without gain that end CrossLM's run; 0: never."),
+    ] = 0
     score_on_devices: Annotated[
         bool, Meta(description="Let the devices score, instead of their replicas here.")
     ] = False

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fleet_of_four import COHORT, HELD_OUT, SPEC, Log, drive, fleet
 from learning_world import TASK, examples, folder, model, tokenizer
+from msgspec.structs import replace
 
 from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
 from coordinator.exchange import AdapterExchange, LocalTraining
@@ -18,7 +19,7 @@ from coordinator.twin import Twin
 from edge_sdk.errors import QuorumMissed
 from edge_sdk.train.lora import LoraSpec
 from edge_sdk.train.text_task import Sequences, TaskReader
-from edge_sdk.wire.messages import OfferData, Score
+from edge_sdk.wire.messages import ModelReport, OfferData, Score
 
 CFG = CrossLMConfig(
     rounds=2,
@@ -106,6 +107,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(home):
     assert same(whole.exchange.factors, again.exchange.factors)
     assert same(whole.llm.state(), again.llm.state())
     assert whole.log.of(Commit)[-1].state["pool"] == again.log.of(Commit)[-1].state["pool"]
+
+
+def test_a_run_without_gain_ends_and_one_that_gains_goes_on(home):
+    for figures, rounds in (((0.5, 0.5, 0.5, 0.5), 3), ((0.5, 0.6, 0.7, 0.8), 4)):
+        world, left = World(home), list(figures)
+        fleet_ = fleet()
+        for device in fleet_.values():
+            device.answer = without_examples(device.answer)
+        cfg = dataclasses.replace(CFG, rounds=4, patience=2)
+
+        drive(
+            world.program(cfg, measure=lambda left=left: {"llm_accuracy": left.pop(0)}),
+            fleet_, world.log,
+        )  # fmt: skip
+
+        assert len(world.log.of(Commit)) == rounds
+        stopped = world.log.of(Note)[-1].values.get("stopped")
+        assert stopped == ("no gain in 2 rounds" if rounds == 3 else None)
+
+
+def without_examples(answer):
+    """Reports that count for nothing, so that only the coordinator's figure speaks."""
+
+    def silent(message):
+        found = answer(message)
+        return replace(found, examples=0) if isinstance(found, ModelReport) else found
+
+    return silent
 
 
 def test_devices_can_score_themselves_and_silence_falls_back_to_the_twin(home):

@@ -34,7 +34,8 @@ found. The LLM sees no label but those it asked for itself, and `public_texts` o
 label them.
 """
 
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +52,7 @@ from coordinator.llm import Llm, Update, Written
 from coordinator.programs import Ask, Commit, Note, Program, Request
 from coordinator.sampling import Sampler, Way
 from coordinator.synthetic import Pool, joined, shuffled_labels, uniform_labels, worth_keeping
+from coordinator.yardstick import Yardstick
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.train.lora import from_bytes, to_bytes
 from edge_sdk.wire.messages import AnyMessage, Score, Scores, TextTask
@@ -86,6 +88,8 @@ class CrossLMConfig:
         permute_scores: a finer ablation: the scores are shuffled, the opinions stay.
         shuffle_labels: the ablation of S: its labels, hard and soft, are dealt to other texts for
             everyone who learns from them.
+        patience: rounds in which neither the devices' mean accuracy nor `measure`'s figures gain,
+            after which the run ends; 0: never.
         learn_codec: fit the learned codec on the first round's updates.
     """
 
@@ -112,6 +116,7 @@ class CrossLMConfig:
     permute_feedback: bool = False
     permute_scores: bool = False
     shuffle_labels: bool = False
+    patience: int = 0
     learn_codec: bool = True
     training: LocalTraining = field(default_factory=LocalTraining)
     update: Update = field(default_factory=Update)
@@ -147,11 +152,13 @@ def crosslm(
     """
     fleet, pool, task = Families(families), Pool(), llm.reader.task
     sampler = Sampler(cfg.ways(), task.labels)
+    gains = Yardstick(math.inf, cfg.patience)
     first, version = 0, 0
     if resume is not None:
         llm.load(from_bytes(resume.state["llm"]))
         pool.restore(resume.state["pool"])
         sampler.restore(resume.state["sampler"])
+        gains.restore(resume.state["gains"])
         version, first = int(resume.state["version"]), resume.step + 1
     fleet.begin(resume.state if resume is not None else None)
 
@@ -160,12 +167,16 @@ def crosslm(
             "llm": to_bytes(llm.state()),
             "pool": pool.to_bytes(),
             "sampler": sampler.to_bytes(),
+            "gains": gains.to_bytes(),
             "version": str(version).encode(),
             "outcome": outcome.encode(),
         }
 
     before = held("start")
     for step in range(first, cfg.rounds):  # line 1
+        if gains.over:
+            yield Note({"stopped": f"no gain in {gains.waited} rounds"})
+            return
         training = Ask(
             fleet.training(step, cfg.training),
             fleet.cohort,
@@ -243,6 +254,8 @@ def crosslm(
             sampler.restore(before["sampler"])
             version += 1
             yield fleet.tell(pool.offer(version))  # S as it was, in place of this round's
+        accuracy = mean_accuracy(reports)
+        gains.keep(_errors({"devices": None if fault else accuracy, **numbers}))
         yield Note(
             {
                 "round": step,
@@ -253,7 +266,7 @@ def crosslm(
                 "pool": len(pool.texts),
                 "distil_loss": round(distilled, 4),
                 "agreement": round(agreement, 4),
-                "accuracy": mean_accuracy(reports),
+                "accuracy": accuracy,
                 **diversity(written.texts).told(),
                 **{f"loss_{key}": round(value, 4) for key, value in losses.items()},
                 **numbers,
@@ -263,6 +276,11 @@ def crosslm(
         before = held("discarded" if fault else "kept")
         yield Commit(step, before)
         llm.load(from_bytes(to_bytes(llm.state())))  # so that a resumed run is the same run
+
+
+def _errors(accuracies: Mapping[str, float | None]) -> dict[str, float | None]:
+    """1 - accuracy: a yardstick's figures are better the lower they are."""
+    return {name: None if one is None else 1.0 - one for name, one in accuracies.items()}
 
 
 def write(
