@@ -13,7 +13,7 @@ report. Does not know how any of these is done.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,10 @@ from edge_sdk.wire.enrolment import EnrolmentCode
 from edge_sdk.wire.messages import Enrolled, Renewed, decode, encode
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from edge_sdk.encoders import EncoderSession
     from edge_sdk.runtime import SlmSession
 
 logger = logging.getLogger(__name__)
@@ -229,7 +233,7 @@ class EdgeDevice:
         Raises:
             RuntimeFailure: no model yet, or a prompt it cannot serve.
         """
-        return self.session.generate(prompt, **options)
+        return self._writer().generate(prompt, **options)
 
     def stream(self, prompt: str, **options: Any) -> Iterator[str]:
         """Return `generate`'s answer piece by piece.
@@ -237,7 +241,7 @@ class EdgeDevice:
         Raises:
             RuntimeFailure: no model yet, or a prompt it cannot serve.
         """
-        return self.session.stream(prompt, **options)
+        return self._writer().stream(prompt, **options)
 
     def classify(self, text: str) -> str:
         """Return the label of the device's task that fits `text` best.
@@ -247,8 +251,32 @@ class EdgeDevice:
         """
         return self.session.classify(text)
 
+    def embed(self, texts: Sequence[str]) -> "npt.NDArray[np.float32]":
+        """Return each text's embedding, (n, d) float32 of unit length, if the model is an encoder.
+
+        Raises:
+            RuntimeFailure: no model yet, a model that writes text, or an empty text.
+        """
+        from edge_sdk.encoders import EncoderSession
+
+        session = self.session
+        if not isinstance(session, EncoderSession):
+            raise RuntimeFailure("this device's model writes text and has no embeddings")
+        return session.embed(texts)
+
+    def _writer(self) -> "SlmSession":
+        from edge_sdk.runtime import SlmSession
+
+        session = self.session
+        if not isinstance(session, SlmSession):
+            raise RuntimeFailure(
+                f"release {session.release} is an encoder, which labels and embeds texts and "
+                "writes none; use classify or embed"
+            )
+        return session
+
     @property
-    def session(self) -> "SlmSession":
+    def session(self) -> "SlmSession | EncoderSession":
         """The model that runs now, opened on first use.
 
         Raises:
@@ -262,7 +290,7 @@ class EdgeDevice:
                 raise RuntimeFailure("no model has arrived yet; run the device to receive one")
             return desk.session
 
-    def refresh(self) -> "SlmSession":
+    def refresh(self) -> "SlmSession | EncoderSession":
         """Return the model that runs now, also where another process of this device changed it.
 
         Raises:

@@ -6,6 +6,7 @@ that no parser in C++ sees a file before this one has passed it.
 
 Refused: an operator or operator set that is not on the list, so also every custom operator; weights
 outside the model unless in a plain file of the same folder, within its length; training graphs;
+folders, but for the one named "onnx" in which encoders keep their graph;
 sizes and depths over `Limits`; a genai_config.json that names other files or a library.
 """
 
@@ -33,6 +34,8 @@ __all__ = [
 
 GRAPH_SUFFIX = ".onnx"
 CONFIG_FILE = "genai_config.json"
+GRAPH_FOLDER = "onnx"
+"""The one folder of a release: transformers.js and optimum look for encoders' graphs there."""
 
 _STANDARD = """
 Abs Add And ArgMax Cast Ceil Clip Concat Constant ConstantOfShape Cos CumSum DequantizeLinear Div
@@ -77,7 +80,7 @@ def check_bundle(
 ) -> None:
     """Check every graph of a release folder and its genai_config.json.
 
-    `folder` holds plain files only, each with one name, and nothing else.
+    `folder` holds plain files only, each with one name, and perhaps one folder "onnx" of such.
 
     Raises:
         TrustError: a file, graph or setting that may not be loaded; names it and says why.
@@ -85,17 +88,30 @@ def check_bundle(
     sizes = check_files(folder)
     for name in sorted(sizes):
         if name.lower().endswith(GRAPH_SUFFIX):
-            check_graph(folder / name, sizes, operators=operators, limits=limits)
+            place = name.removesuffix(Path(name).name)
+            beside = {n.removeprefix(place): size for n, size in sizes.items() if place in n}
+            check_graph(folder / name, beside, operators=operators, limits=limits)
     if CONFIG_FILE in sizes:
         _check_config(folder / CONFIG_FILE, sizes, limits)
 
 
 def check_files(folder: Path) -> dict[str, int]:
-    """Return the size of each file of `folder`, in which nothing may be a link or a folder.
+    """Return the size of each file of `folder`, those of its folder "onnx" as "onnx/NAME".
 
     Raises:
-        TrustError: something is a link of either kind, a folder, a pipe or a device.
+        TrustError: something is a link of either kind, another folder, a pipe or a device.
     """
+    sizes = _plain_sizes(folder)
+    if GRAPH_FOLDER in sizes:
+        del sizes[GRAPH_FOLDER]
+        inner = _plain_sizes(folder / GRAPH_FOLDER)
+        if GRAPH_FOLDER in inner:
+            raise TrustError(f"{GRAPH_FOLDER}/{GRAPH_FOLDER} is not a plain file")
+        sizes |= {f"{GRAPH_FOLDER}/{name}": size for name, size in inner.items()}
+    return sizes
+
+
+def _plain_sizes(folder: Path) -> dict[str, int]:
     sizes = {}
     try:
         if folder.is_symlink():
@@ -103,6 +119,9 @@ def check_files(folder: Path) -> dict[str, int]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 seen = entry.stat(follow_symlinks=False)
+                if entry.name == GRAPH_FOLDER and stat.S_ISDIR(seen.st_mode):
+                    sizes[GRAPH_FOLDER] = 0
+                    continue
                 if not stat.S_ISREG(seen.st_mode):
                     raise TrustError(f"{entry.name} is not a plain file")
                 if seen.st_nlink != 1:

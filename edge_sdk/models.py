@@ -37,7 +37,7 @@ from edge_sdk.errors import (
     StorageError,
     TrustError,
 )
-from edge_sdk.graphs import OPERATORS, check_bundle, check_files
+from edge_sdk.graphs import GRAPH_FOLDER, OPERATORS, check_bundle, check_files
 from edge_sdk.plain_files import copy_plain, replace_bytes, sync_folder
 from edge_sdk.trial import Held, Probe, child_probe
 from edge_sdk.trust import TargetFile, TrustedRelease, held_targets, is_target
@@ -313,7 +313,8 @@ class ModelStore:
             draft = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
             try:
                 for target in targets:
-                    copied = draft / target.path.rsplit("/", 1)[-1]
+                    copied = draft / _inside(target.path)
+                    copied.parent.mkdir(mode=0o700, exist_ok=True)
                     copy_plain(sources[target.path] or draft, copied)
                     if not is_target(copied, target):
                         raise DigestError(f"{target.path} changed while it was repaired")
@@ -323,7 +324,9 @@ class ModelStore:
         logger.warning("repaired release %s: its files had been altered", folder.name)
 
     def _put_in_place(self, draft: Path, final: Path) -> None:
-        sync_folder(draft)
+        for inner in (draft / GRAPH_FOLDER, draft):
+            if inner.is_dir():
+                sync_folder(inner)
         if final.is_symlink() or final.is_file():
             final.unlink()
         elif final.exists():
@@ -333,7 +336,7 @@ class ModelStore:
 
     def _complete(self, folder: Path, targets: list[TargetFile]) -> bool:
         """Whether the folder holds exactly the targets, each one plain file of the signed bytes."""
-        wanted = {target.path.rsplit("/", 1)[-1]: target for target in targets}
+        wanted = {_inside(target.path): target for target in targets}
         try:
             if not folder.is_dir() or check_files(folder).keys() != wanted.keys():
                 return False
@@ -343,7 +346,7 @@ class ModelStore:
 
     def _find(self, target: TargetFile) -> Path | None:
         """A file with exactly the target's bytes, received or of a release already here."""
-        name = target.path.rsplit("/", 1)[-1]
+        name = _inside(target.path)
         candidates = [self._incoming / _flat(target.path)]
         candidates += sorted(self._bundles.glob(f"*/{name}"))
         return next((path for path in candidates if self._is(path, target)), None)
@@ -374,7 +377,10 @@ class ModelStore:
                         received.unlink()
                         raise DigestError(f"{target.path} is not the file that was signed")
                     raise TrustError(f"{target.path} has not been received")
-                trusted.take(target, source, draft / target.path.rsplit("/", 1)[-1])
+                placed = draft / _inside(target.path)
+                with _stored("write to"):
+                    placed.parent.mkdir(mode=0o700, exist_ok=True)
+                trusted.take(target, source, placed)
             check_bundle(draft, operators=self._operators)
             with _stored("write to"):
                 self._put_in_place(draft, final)
@@ -436,20 +442,27 @@ class ModelStore:
 
 
 def _sound_paths(offer: OfferModel) -> tuple[str, ...]:
-    """The offer's target paths, refused unless each is FAMILY/RELEASE/FILE of plain names."""
+    """The offer's target paths, refused unless each is FAMILY/RELEASE/FILE of plain names; a FILE
+    may be in the folder "onnx"."""
     names: set[str] = set()
     for path in offer.targets:
         parts = path.split("/")
-        if len(parts) != 3 or not all(_is_name(part) for part in parts):
+        deeper = len(parts) == 4 and parts[2] == GRAPH_FOLDER
+        if not (len(parts) == 3 or deeper) or not all(_is_name(part) for part in parts):
             raise TrustError(f"target path {path!r} is not FAMILY/RELEASE/FILE")
         if parts[0] != offer.family:
             raise TrustError(f"target path {path!r} is not of family {offer.family}")
-        if parts[2] in names:
-            raise TrustError(f"release {offer.release} has two files named {parts[2]!r}")
-        names.add(parts[2])
+        if _inside(path) in names:
+            raise TrustError(f"release {offer.release} has two files named {_inside(path)!r}")
+        names.add(_inside(path))
     if not names:
         raise TrustError(f"release {offer.release} has no files")
     return offer.targets
+
+
+def _inside(path: str) -> str:
+    """Where a target is within its release's folder."""
+    return path.split("/", 2)[2]
 
 
 def _is_name(part: str) -> bool:

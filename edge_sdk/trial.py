@@ -49,7 +49,7 @@ def child_probe(*, timeout_s: float, memory_mb: int = 0, threads: int = 1) -> Pr
     """
 
     def probe(held: Held) -> None:
-        size_mb = sum(f.stat().st_size for f in Path(held.bundle).iterdir()) >> 20
+        size_mb = sum(f.stat().st_size for f in Path(held.bundle).rglob("*")) >> 20
         limit_mb = memory_mb or PROBE_BASE_MB + 4 * size_mb
         command = [sys.executable, "-B", "-m", "edge_sdk.probe", held.bundle, held.adapter]
         command += [str(limit_mb), str(threads), f"{timeout_s:g}"]
