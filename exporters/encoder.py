@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIER = "ForSequenceClassification"
 _PLAIN = ("Model", "ForMaskedLM", "ForPreTraining")
+_NEW_TOKENIZER, _OLD_TOKENIZER = '"TokenizersBackend"', '"PreTrainedTokenizerFast"'
+"""What transformers 5 writes and 4 does not know (optimum-onnx 0.1 needs 4), and what both read."""
 _UNBOUNDED = 10**9  # tokenizers without a limit of their own say 10**30
 EXACT_STEP = 0.05
 """Share of the linear layers that each attempt moves to 32 bits."""
@@ -167,6 +169,10 @@ def _copy_texts(model_dir: Path, folder: Path, encoder: _Encoder) -> None:
     # The bundle holds no language-model head that could be tied to the table.
     config |= {"architectures": [type(encoder.net).__name__], "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    named = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if _NEW_TOKENIZER in named:
+        path.write_text(named.replace(_NEW_TOKENIZER, _OLD_TOKENIZER), encoding="utf-8")
 
 
 def _build(
