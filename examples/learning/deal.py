@@ -5,7 +5,7 @@ Knows rows and labels. Does not know models. Everything follows from the rows an
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,16 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """Who holds what. No text occurs in two of the three places."""
+    """Who holds what. No text occurs in two of the three places.
+
+    Attributes:
+        public_labels: of the public texts, in their order; only FedMKT's arms are given them.
+    """
 
     devices: dict[str, list[Example]]
     public: list[str]
     measured: list[Example]
+    public_labels: list[str] = field(default_factory=list)
 
 
 def dirichlet(
@@ -105,7 +110,8 @@ def deal(
         groups, devices=sizes.devices, each=sizes.device_rows, alpha=sizes.alpha, rng=rng
     )
     taken = {i for rows in held for i in rows}
-    public = [rest[i][0] for i in range(len(rest)) if i not in taken][: sizes.public]
+    shared = [rest[i] for i in range(len(rest)) if i not in taken][: sizes.public]
+    public, labels = [row[0] for row in shared], [row[1] for row in shared]
     chosen = rng.permutation(len(test))[: sizes.measured].tolist()
     measured = [row[:2] for row in back] if held_back else [test[i][:2] for i in chosen]
     if not measured:
@@ -114,6 +120,7 @@ def deal(
         {f"device-{k}": [rest[i][:2] for i in rows] for k, rows in enumerate(held)},
         [] if task.is_open else public,
         measured,
+        [] if task.is_open else labels,
     )
 
 
