@@ -71,6 +71,18 @@ class GenaiModel:
             self._shelf.move(adapters)
             self._graph, self._model = graph, model
 
+    def next_graph(self) -> bool:
+        """Go on to the next graph that this bundle may ever open; False if there is none.
+
+        Raises:
+            RuntimeFailure: the model is closed, or that graph cannot be loaded.
+        """
+        with self._lock:
+            self._opened()
+            before = self._graph
+            self._reach(min(before + 1, _WHOLE))
+            return self._graph > before
+
     def close(self) -> None:
         """Free the model; later requests are refused. Closing twice is harmless."""
         with self._lock:

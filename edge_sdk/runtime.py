@@ -266,6 +266,14 @@ class SlmSession(WordLabels, AdapterUse):
         """
         return self._model.generator(request, limit=limit, every_row=every_row)
 
+    def next_graph(self) -> bool:
+        """Open the next graph that an adapter or another request might need; False for none left.
+
+        Raises:
+            RuntimeFailure: it cannot be loaded.
+        """
+        return self._model.next_graph()
+
     def answer(
         self,
         generator: Any,

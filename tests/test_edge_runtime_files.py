@@ -11,6 +11,7 @@ import pytest
 
 from edge_sdk.errors import DigestError, RuntimeFailure
 from edge_sdk.runtime import SlmSession
+from edge_sdk.trial import Held, child_probe
 from tests.edge_world import releases
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,16 @@ def test_a_damaged_bundle_is_refused_in_one_sentence(damage: object, bundle: Pat
 
     with pytest.raises(RuntimeFailure, match=r"bundle.*cannot be (loaded|read)"):
         SlmSession(bundle, check=False)
+
+
+@pytest.mark.parametrize("name", ["answer.onnx", "answer_adapted.onnx", "model.onnx"])
+def test_a_trial_opens_every_graph_that_a_request_might_need_later(name: str, bundle: Path) -> None:
+    held = Held(family="tiny", release="r1", bundle=str(bundle))
+    child_probe(timeout_s=60)(held)
+    (bundle / name).write_bytes(b"\x08")
+
+    with pytest.raises(RuntimeFailure, match="failed its trial"):
+        child_probe(timeout_s=60)(held)
 
 
 def test_a_ceiling_of_memory_says_what_would_fit(bundle: Path) -> None:
