@@ -135,16 +135,14 @@ def _model(arguments: argparse.Namespace) -> Iterator[Any]:
         else:
             session = stack.enter_context(_device(arguments)).session
         if arguments.adapter:
-            if not hasattr(session, "set_adapter"):
-                raise ConfigError("this model is an encoder and takes no adapter")
             session.set_adapter(arguments.adapter)
         yield session
 
 
 def _open(bundle: str, threads: int) -> Any:
-    from edge_sdk.runtime import SlmSession
+    from edge_sdk.sessions import open_session
 
-    return SlmSession(bundle, threads=threads)
+    return open_session(bundle, threads=threads)
 
 
 def _device(arguments: argparse.Namespace) -> "EdgeDevice":
@@ -217,7 +215,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _require_writer(session: Any) -> None:
-    if not hasattr(session, "stream"):
+    if not hasattr(session, "conversation"):
         raise RuntimeFailure("this model is an encoder and writes no text; use --classify")
 
 
@@ -429,8 +427,8 @@ def _load_adapter(given: str, models: Mapping[str, Any]) -> None:
             f"the models are {', '.join(models)}"
         )
     session = models[fitting[0]]
-    if not hasattr(session, "load_adapter"):
-        raise ConfigError(f"{fitting[0]} is an encoder and takes no adapter")
+    if not hasattr(session, "conversation"):
+        raise ConfigError(f"{fitting[0]} is an encoder, whose adapters are not served")
     session.load_adapter(name, path)
 
 

@@ -229,7 +229,7 @@ class Api:
 
     def _writer(self, name: str) -> tuple[Any, str | None]:
         session, adapter = self._find(name)
-        if not hasattr(session, "stream"):
+        if not _writes(session):
             raise ApiError(
                 400,
                 f"{name} is an encoder and writes no text; it serves /v1/embeddings",
@@ -309,5 +309,10 @@ def _written(row: npt.NDArray[np.float32], wanted: EmbeddingRequest) -> str | li
     return [float(x) for x in row]
 
 
+def _writes(session: Any) -> bool:
+    return hasattr(session, "conversation")
+
+
 def _adapters(session: Any) -> Sequence[str]:
-    return tuple(getattr(session, "adapters", ()))
+    """Those a request can choose: an encoder's adapter is the session's, not the request's."""
+    return tuple(session.adapters) if _writes(session) else ()

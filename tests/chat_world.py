@@ -48,3 +48,29 @@ def world() -> World:
     path = folder / "adapter.onnx_adapter"
     write_adapter(factors, rank=2, alpha=4.0, slots=manifest.adapter_slots, path=path)
     return World(folder / "long", path)
+
+
+@functools.cache
+def encoder() -> Path:
+    """The bundle of a tiny random encoder without a classifier, made once per test run."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from exporters.encoder import export_encoder
+    from tests.exporters_tiny import save_tiny_tokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="symbiont-encoder-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder / "hf")
+    save_tiny_tokenizer(folder / "hf")
+    export_encoder(folder / "hf", folder / "enc", family="reader", release="e1")
+    return folder / "enc"

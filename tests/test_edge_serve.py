@@ -4,15 +4,18 @@ import http.client
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import openai
 import pydantic
 import pytest
@@ -21,7 +24,7 @@ from edge_sdk.errors import ConfigError, LinkError
 from edge_sdk.openai_requests import MAX_CHOICES
 from edge_sdk.runtime import Answer, SlmSession
 from edge_sdk.serve import MAX_BODY_BYTES, Server, serve
-from tests.chat_world import CONTEXT, world
+from tests.chat_world import CONTEXT, encoder, world
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "an-api-key-nobody-shall-see"
@@ -387,6 +390,36 @@ def test_requests_that_are_no_requests(endpoint: Endpoint) -> None:
     assert raw(endpoint.url, body=ASK)[0] == 200
 
 
+JUNK: list[Any] = [
+    *(None, True, -1, 0, 1e308, 2**70, "", "x" * 100, "\ud800", [], [1], {}, {"a": {}}, [[]]),
+    *("m:", "tiny:x", {"type": "text"}, [{"role": "assistant", "content": None}]),
+    {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
+]
+
+
+def test_mangled_requests_never_find_a_fault_of_ours(endpoint: Endpoint) -> None:
+    rng = random.Random(1)
+    names = [*json.loads(ASK), "prompt", "input", "stop", "seed", "n", "response_format", "tools"]
+    counts: Counter[int] = Counter()
+    for _ in range(150):
+        request = json.loads(ASK) | {"prompt": "a", "input": "a"}
+        del request[rng.choice(["messages", "prompt", "input"])]
+        for _ in range(rng.randrange(3)):
+            request[rng.choice(names)] = rng.choice(JUNK)
+        request |= {"max_tokens": 2}
+        body = bytearray(json.dumps(request).encode())
+        if rng.random() < 0.3:
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        path = rng.choice(["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
+        status, _, found = raw(endpoint.url, path=path, body=bytes(body))
+        counts[status] += 1
+        assert status < 500, request
+        assert (status == 200) != ("error" in found)
+
+    assert counts[400] > 100
+    assert raw(endpoint.url, body=ASK)[0] == 200
+
+
 def test_bytes_that_are_no_http(endpoint: Endpoint) -> None:
     host, port = endpoint.url.split("/")[2].split(":")
     for data in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"POST /v1/models HTTP/9.9\r\n\r\n"):
@@ -547,6 +580,36 @@ def test_an_answer_may_take_so_long_and_no_longer(recorded: Recorded) -> None:
 
     assert found.choices[0].finish_reason == "length"
     assert recorded.answers[-1].finish == "time"
+
+
+def test_an_encoder_gives_embeddings_and_no_text(recorded: Recorded) -> None:
+    from edge_sdk.sessions import open_session
+
+    texts = ["hello", "good morning", "x" * 500]  # the last is cut at the context, 64 tokens
+    with open_session(encoder()) as reader:
+        expected = reader.embed(texts)  # type: ignore[union-attr]
+        alone = reader.embed(texts[:1])  # type: ignore[union-attr]
+        with serve({"m": recorded, "reader": reader}) as server, to(server) as client:
+            packed = client.embeddings.create(model="reader", input=texts)
+            plain = client.embeddings.create(
+                model="reader", input=texts[0], encoding_format="float", dimensions=32
+            )
+            refusals: list[tuple[dict[str, Any], str]] = [
+                ({"input": ""}, "a text to read is empty"),
+                ({"input": []}, "input"),
+                ({"input": [1, 2]}, "token ids"),
+                ({"input": "a", "dimensions": 8}, "reader has 32, not 8"),
+                ({"input": ["a"] * 513}, "at most 512"),
+            ]
+            for options, said in refusals:
+                with pytest.raises(openai.BadRequestError, match=said):
+                    client.embeddings.create(model="reader", **options)
+            with pytest.raises(openai.BadRequestError, match="is an encoder and writes no text"):
+                chat(client, model="reader")
+
+    np.testing.assert_allclose([row.embedding for row in packed.data], expected, atol=1e-6)
+    np.testing.assert_allclose(plain.data[0].embedding, alone[0], atol=1e-6)
+    assert packed.usage.prompt_tokens == len("hello") + len("good morning") + 64
 
 
 def test_addresses_that_are_not_served(recorded: Recorded) -> None:
