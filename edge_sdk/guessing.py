@@ -20,16 +20,33 @@ TRIALS = 12
 """Drafts of the draft model tried before its own record is believed."""
 _HOPED = 0.8  # of the draft model, while it is tried
 _PRIOR = 4.0  # drafted tokens that the first opinion about a guesser counts for
+_LEARNT = 0.05  # weight of the newest pass in what passes are believed to take
 _FADE = 0.98  # per draft: what was accepted lately says more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Costs:
-    """This machine's times: seconds of a pass over one token, v(g) for g from 0 on, and c."""
+    """This machine's seconds: of a token of plain decoding, of passes over 1, 2, .. tokens, of a
+    token of the draft model. What passes really take is learnt on the way."""
 
-    one_s: float
-    verify: tuple[float, ...]
-    draft: float = 0.0
+    plain_s: float
+    passes_s: list[float]
+    draft_s: float = 0.0
+
+    @property
+    def verify(self) -> tuple[float, ...]:
+        """v(g) for g from 0 on, in tokens of plain decoding."""
+        return tuple(seconds / self.plain_s for seconds in self.passes_s)
+
+    @property
+    def draft(self) -> float:
+        """c, in tokens of plain decoding."""
+        return self.draft_s / self.plain_s
+
+    def learn(self, tokens: int, seconds: float) -> None:
+        """Take in what a pass over `tokens` tokens took; one that was interrupted counts little."""
+        known = self.passes_s[tokens - 1]
+        self.passes_s[tokens - 1] += _LEARNT * (min(seconds, 3 * known) - known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +138,18 @@ class Guesses:
         At most `room` tokens are guessed.
         """
         verify = costs.verify[: max(1, room + 1)]
-        found = Guess()
+        rest = [v / verify[0] for v in verify]  # against a pass over one token, the other choice
+        found = Guess(price=verify[0])
         tokens, n = self._lookup.guess(len(verify) - 1) if self._lookup else ([], 0)
         gained = 1.0
         if tokens:
             alpha = self._records[n].alpha
-            length, gained = best_length(alpha, cost=0.0, verify_cost=verify)
+            length, gained = best_length(alpha, cost=0.0, verify_cost=rest)
             found = Guess(tokens[:length], n, expected_tokens(alpha, length), verify[length])
         if model is not None:
             alpha = self._hope()
-            length, gain = best_length(alpha, cost=costs.draft, verify_cost=verify)
+            cost = costs.draft / verify[0]
+            length, gain = best_length(alpha, cost=cost, verify_cost=rest)
             if gain > gained:
                 price = length * costs.draft + verify[length]
                 guessed = model.guess(text, length)

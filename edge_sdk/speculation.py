@@ -17,8 +17,9 @@ answers are then the same bit for bit whatever is guessed, and passes without a 
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Unpack
 
 import numpy as np
@@ -28,11 +29,13 @@ from edge_sdk.algorithms.speculative import Sampling, Step, best_length
 from edge_sdk.answer import Answer
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.errors import RuntimeFailure
+from edge_sdk.genai_model import read
 from edge_sdk.generation import Options, Request
-from edge_sdk.guessing import Costs, DraftModel, Guess, Guesses
+from edge_sdk.guessing import MODEL, Costs, DraftModel, Guess, Guesses
 from edge_sdk.prompts import Tokens
 from edge_sdk.runtime import SlmSession
 from edge_sdk.speculating import Speculating
+from edge_sdk.verify_model import VERIFY_FILE, VerifyModel
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,8 @@ LONGEST_DRAFT = 6
 """Tokens guessed at most; on a CPU each one read costs nearly half a pass."""
 JUDGE_TOKENS = 256
 """After so many tokens a speculator that was slower than plain decoding switches itself off."""
-_TIMES = 8  # passes timed per length; the quickest counts, since others use the machine too
+_TIMES = 12  # passes timed per length, in turns; their median counts
 _CALIBRATION_TOKENS = 48
-_SURE = 8.0  # plain passes that the calibrated time of one counts for
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +81,8 @@ class _Sums:
     expected: float = 0.0
     price: float = 0.0
     passed_s: float = 0.0
-    plain_passes: int = 0
-    plain_s: float = 0.0
 
-    def note(self, guess: Guess, step: Step, passed_s: float, *, plain: bool) -> None:
+    def note(self, guess: Guess, step: Step, passed_s: float) -> None:
         self.tokens += len(step.tokens)
         self.passes += 1
         self.accepted += step.accepted
@@ -90,20 +90,16 @@ class _Sums:
         self.expected += guess.expected
         self.price += guess.price
         self.passed_s += passed_s
-        if plain:
-            self.plain_passes += 1
-            self.plain_s += passed_s
 
-    def report(self, one_s: float, off: str) -> Report:
+    def report(self, plain_s: float, off: str) -> Report:
         if not self.passes:
             return Report(off=off)
-        one_s = (_SURE * one_s + self.plain_s) / (_SURE + self.plain_passes)
         return Report(
             tokens=self.tokens,
             passes=self.passes,
             alpha=self.accepted / max(1, self.looked_at),
             predicted=self.expected / self.price,
-            measured=self.tokens * one_s / max(self.passed_s, 1e-9),
+            measured=self.tokens * plain_s / max(self.passed_s, 1e-9),
             off=off,
         )
 
@@ -124,10 +120,14 @@ class Speculator:
         longest: int = LONGEST_DRAFT,
         lookup: bool = True,
         steady: bool = False,
+        threads: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Guess from the text itself with `lookup`, and with `draft`, a session whose tokenizer is
         the target's. `longest` is the most tokens guessed at once.
+
+        A bundle made speculative (exporters/draft.py) has a graph for it, which is loaded beside
+        the session's with `threads` threads; without, the session changes to its slowest graph.
 
         Raises:
             RuntimeFailure: another tokenizer.
@@ -135,6 +135,10 @@ class Speculator:
         if draft is not None:
             _check_pair(target, draft)
         self._target, self._draft = target, draft
+        self._verify: VerifyModel | None = None
+        if (target.folder / VERIFY_FILE).is_file():
+            options = {"intra_op_num_threads": threads} if threads else {}
+            self._verify = VerifyModel(target.folder, session_options=options)
         self._guesses = Guesses(lookup=lookup)
         self._longest, self._steady, self._clock = longest, steady, clock
         self._ends = BundleFiles.read(target.folder).ends
@@ -196,14 +200,11 @@ class Speculator:
         even guesses that cost nothing and always come true would lose.
         """
         try:
-            times = self._times(self._target, range(1, self._longest + 2))
-            draft_s = self._times(self._draft, [1])[0] if self._draft is not None else 0.0
+            self.costs = self._measured()
         except RuntimeFailure as exc:  # such as a graph that gives the last token's logits only
-            times, draft_s = [1.0] * (self._longest + 1), 0.0
+            self.costs = Costs(1.0, [1.0] * (self._longest + 1))
             self._switch_off(str(exc))
-        verify = tuple(max(times[: g + 1]) / times[0] for g in range(len(times)))
-        self.costs = Costs(times[0], verify, draft_s / times[0])
-        if not self.off and best_length(1.0, cost=0.0, verify_cost=verify)[0] == 0:
+        if not self.off and best_length(1.0, cost=0.0, verify_cost=self.costs.verify)[0] == 0:
             self._switch_off("reading several tokens at once costs as much as one by one here")
         return self.costs
 
@@ -220,10 +221,14 @@ class Speculator:
 
     def note(self, guess: Guess, step: Step, passed_s: float) -> None:
         """Keep what a pass gave and took."""
+        costs, length = self.costs, len(guess.tokens)
+        assert costs is not None, "calibrated before the first answer"
         self._guesses.note(guess, step)
-        plain = not guess.tokens and not self._steady
+        drafted_s = length * costs.draft_s if guess.by == MODEL else 0.0
+        read = max(length + 1, 2 if self._steady else 1)
+        costs.learn(min(read, len(costs.passes_s)), max(0.0, passed_s - drafted_s))
         for sums in (self._sums, self._lately):
-            sums.note(guess, step, passed_s, plain=plain)
+            sums.note(guess, step, passed_s)
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -235,39 +240,74 @@ class Speculator:
         return not 0 < self._target.count(prompt) < self._target.context  # the session says why
 
     def _rows(self, session: SlmSession, limit: int, request: Request | None = None) -> Rows:
+        request, limit = request or session.request({}), min(limit, session.context)
         every_row = session is self._target  # of the draft model only the last one's logits
-        generator = session.generator(
-            request or session.request({}), limit=min(limit, session.context), every_row=every_row
-        )
+        if every_row and self._verify is not None and not request.adapter:
+            return GenaiRows(self._verify.generator(request, limit=limit, every_row=True))
+        generator = session.generator(request, limit=limit, every_row=every_row)
         return GenaiRows(generator, every_row=every_row)
 
-    def _times(self, session: SlmSession, counts: Sequence[int]) -> list[float]:
-        start = min(_CALIBRATION_TOKENS, session.context // 2)
-        rows = self._rows(session, start + max(counts))
-        rows.read([0] * start)
-        found: list[list[float]] = [[] for _ in counts]
-        for _ in range(_TIMES + 1):
-            for times, count in zip(found, counts, strict=True):
-                begun = self._clock()
-                rows.read([0] * count)
-                rows.rewind(start)
-                times.append(self._clock() - begun)
-        return [min(times[1:]) for times in found]  # the first one warms up
+    def _measured(self) -> Costs:
+        counts = range(1, self._longest + 2)
+        passes: list[list[float]] = [[] for _ in counts]
+        plain: list[float] = []
+        drafts: list[float] = []
+        start = min(_CALIBRATION_TOKENS, self._target.context // 2)
+        text, limit = [0] * start, start + _TIMES + self._longest + 2
+        usual = self._usual(text, limit)
+        rows = self._rows(self._target, limit)
+        small = self._rows(self._draft, limit) if self._draft is not None else None
+        for each in (rows, small):
+            if each is not None:
+                each.read(text)
+        for _ in range(_TIMES):
+            self._timed(plain, usual)
+            for times, count in zip(passes, counts, strict=True):
+                self._timed(times, lambda: _reread(rows, count, start))  # noqa: B023
+            if small is not None:
+                self._timed(drafts, lambda: _reread(small, 1, start))
+        draft_s = median(drafts) if drafts else 0.0
+        return Costs(median(plain), [median(times) for times in passes], draft_s)
+
+    def _usual(self, text: Tokens, limit: int) -> Callable[[], None]:
+        """What the session does for each token when nobody speculates."""
+        limit = min(limit, self._target.context)
+        generator = self._target.generator(self._target.request({}), limit=limit)
+        read(generator, [text])
+
+        def step() -> None:
+            if not generator.is_done():
+                generator.generate_next_token()
+
+        return step
+
+    def _timed(self, times: list[float], action: Callable[[], None]) -> None:
+        begun = self._clock()
+        action()
+        times.append(self._clock() - begun)
 
     def _judge(self, _: Answer) -> None:
-        lately = self._report(self._lately)
+        lately = self._lately
         if self.off or lately.tokens < JUDGE_TOKENS:
             return
         self._lately = _Sums()
-        if lately.measured < 1.0:
-            self._switch_off(f"it was {lately.measured:.2f} times as fast as plain decoding")
+        if self._report(lately).measured < 1.0:
+            self.calibrate()  # the machine may be busier than it was
+        factor = self._report(lately).measured
+        if factor < 1.0:
+            self._switch_off(f"it was {factor:.2f} times as fast as plain decoding")
 
     def _report(self, sums: _Sums) -> Report:
-        return sums.report(self.costs.one_s if self.costs else 0.0, self.off)
+        return sums.report(self.costs.plain_s if self.costs else 0.0, self.off)
 
     def _switch_off(self, why: str) -> None:
         self.off = why
         logger.info("speculative decoding is off: %s", why)
+
+
+def _reread(rows: Rows, count: int, start: int) -> None:
+    rows.read([0] * count)
+    rows.rewind(start)
 
 
 def _check_pair(target: SlmSession, draft: SlmSession) -> None:
