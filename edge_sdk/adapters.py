@@ -51,11 +51,21 @@ class AdapterShelf:
             raise RuntimeFailure(f"the adapter {path} cannot be loaded: {exc}") from exc
         self._paths[name] = path
 
+    def leave(self) -> None:
+        """Let go of the store, which keeps its graph in memory, before `move`.
+
+        Raises:
+            RuntimeFailure: a file has changed or gone; then everything stays where it was.
+        """
+        for path in self._paths.values():
+            check_adapter(path, self._slots)
+        self._adapters = None
+
     def move(self, adapters: Any) -> None:
         """Load every adapter into `adapters`, the store of another graph with the same slots.
 
         Raises:
-            RuntimeFailure: a file has changed or gone; then everything stays where it was.
+            RuntimeFailure: a file has changed or gone since `leave`.
         """
         for name, path in self._paths.items():
             try:

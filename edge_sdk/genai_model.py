@@ -66,10 +66,19 @@ class GenaiModel:
 
     def _reach(self, wanted: int) -> None:
         """Have a graph in memory that does what `wanted` does."""
-        if self._graph < wanted:
-            graph, model, adapters = self._load(wanted)
-            self._shelf.move(adapters)
-            self._graph, self._model = graph, model
+        if self._graph >= wanted:
+            return
+        self._shelf.leave()
+        self._model = None  # so that one model is in memory at a time, unless answers keep it
+        try:
+            self._put(*self._load(wanted))
+        except RuntimeFailure:
+            self._put(*self._load(self._graph))
+            raise
+
+    def _put(self, graph: int, model: Any, adapters: Any) -> None:
+        self._shelf.move(adapters)
+        self._graph, self._model = graph, model
 
     def next_graph(self) -> bool:
         """Go on to the next graph that this bundle may ever open; False if there is none.

@@ -1,5 +1,6 @@
 """Several adapters beside one model: by name, per request, switched and freed without reloading."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,31 @@ def test_files_set_without_a_name_do_not_pile_up(session: SlmSession, folder: Pa
 
     with session._model.shelf() as shelf:
         assert shelf._paths == {}
+
+
+def test_a_graph_that_cannot_be_opened_leaves_the_one_before(folder: Path, tmp_path: Path) -> None:
+    """An adapter needs a larger graph; without it, and without a loaded adapter's file, no harm."""
+    bundle = Path(shutil.copytree(folder / "r1", tmp_path / "bundle"))
+    kept = Path(shutil.copy(folder / "one.onnx_adapter", tmp_path))
+    with SlmSession(bundle) as session:
+        plain = session.generate(PROMPT, max_tokens=5)
+        good = (bundle / "answer_adapted.onnx").read_bytes()
+        (bundle / "answer_adapted.onnx").write_bytes(b"")
+        with pytest.raises(RuntimeFailure, match="cannot be loaded"):
+            session.load_adapter("one", kept)
+        assert session.generate(PROMPT, max_tokens=5) == plain
+        (bundle / "answer_adapted.onnx").write_bytes(good)
+        session.load_adapter("one", kept)
+        adapted = session.generate(PROMPT, max_tokens=5, adapter="one")
+        data = kept.read_bytes()
+        kept.unlink()
+        with pytest.raises(RuntimeFailure, match="is not an adapter file"):
+            session.next_graph()
+        assert session.generate(PROMPT, max_tokens=5, adapter="one") == adapted
+        kept.write_bytes(data)
+        assert session.next_graph()
+        assert not session.next_graph()
+        assert session.generate(PROMPT, max_tokens=5, adapter="one") == adapted
 
 
 def test_a_conversation_reads_anew_with_another_adapter(session: SlmSession, folder: Path) -> None:
