@@ -39,6 +39,7 @@ from exporters.parity import (
     check_parity,
 )
 from exporters.quiet import quiet
+from exporters.task_parity import check_task
 from exporters.weights_index import layer_linears, write_index
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def export_slm(
     task: TextTask | None = None,
     lineage: Mapping[str, str] | None = None,
     text_for_parity: Sequence[str] = (),
+    labelled: Sequence[tuple[str, str]] = (),
     options: SlmOptions | None = None,
     limits: ParityLimits | None = None,
 ) -> ReleaseManifest:
@@ -103,14 +105,18 @@ def export_slm(
 
     `out` must be absent or empty; it appears only when everything has succeeded. `text_for_parity`
     is real text on which torch and ONNX Runtime are compared (none: a built-in paragraph).
+    `labelled` are (text, label) pairs of `task` on which int4 may lose one point of accuracy
+    against the model in 16 bits (none: not measured).
 
     Raises:
-        ExportError: no such model, an unsupported architecture, `out` is taken, or the graph
-            disagrees with torch.
+        ExportError: no such model, an unsupported architecture, `out` is taken, the graph
+            disagrees with torch, or int4 costs the task too much.
     """
     model_dir, out, options = Path(model_dir), Path(out), options or SlmOptions()
     check_names(family, release)
     config = _read_config(model_dir)
+    if labelled and task is None:
+        raise ExportError(f"{len(labelled)} labelled texts came without their task; give task=")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +125,9 @@ def export_slm(
         _build(model_dir, folder, options)
         slots = _finish_graph(model_dir, folder, options)
         _copy_texts(model_dir, folder, options.threads)
-        parity = check_parity(folder, text_for_parity, limits=limits)
+        parity = check_parity(folder, text_for_parity, limits=limits).figures()
+        if task is not None and labelled:
+            parity |= check_task(model_dir, folder, task, labelled).figures()
         write_golden(folder)
         manifest = ReleaseManifest(
             family=family,
@@ -132,7 +140,7 @@ def export_slm(
             files=file_entries(folder),
             adapter_slots=slots,
             rank_max=RANK_MAX,
-            parity=parity.figures(),
+            parity=parity,
             lineage=dict(lineage or {}),
             task=task,
         )
