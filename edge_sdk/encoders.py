@@ -28,7 +28,7 @@ from edge_sdk.sessions import ENCODER_GRAPH
 from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import TextTask
 
-__all__ = ["GRAPH_FILE", "EncoderSession"]
+__all__ = ["GRAPH_FILE", "EncoderSession", "columns_of"]
 
 GRAPH_FILE = ENCODER_GRAPH
 LOGITS, EMBEDDING = "logits", "sentence_embedding"
@@ -269,21 +269,26 @@ class EncoderSession(LabelAnswers):
         return chosen or TextTask("own", "{text}", "{label}", self.labels, self.labels)
 
     def _columns(self, task: TextTask | None) -> list[int]:
-        """The graph's columns of the task's labels: by name, or by order if the model's are plain
-        numbers ("LABEL_0")."""
         if not self.labels:
             raise RuntimeFailure("this encoder has no classifier; it embeds texts")
-        if task is None or task.labels == self.labels:
-            return list(range(len(self.labels)))
-        plain = tuple(f"LABEL_{i}" for i in range(len(task.labels)))
-        known = task.labels if self.labels == plain else self.labels
-        lacking = sorted(set(task.labels) - set(known))
-        if lacking:
-            raise RuntimeFailure(
-                f"the model has no label {lacking[0]!r} of task {task.name}; it has "
-                f"{', '.join(self.labels)}"
-            )
-        return [known.index(label) for label in task.labels]
+        return columns_of(task, self.labels) if task else list(range(len(self.labels)))
+
+
+def columns_of(task: TextTask, labels: Sequence[str]) -> list[int]:
+    """Return where a classifier with `labels` has the task's: by name, or by order if its own are
+    plain numbers ("LABEL_0").
+
+    Raises:
+        RuntimeFailure: it lacks a label of the task.
+    """
+    plain = [f"LABEL_{i}" for i in range(len(task.labels))]
+    known = list(task.labels) if list(labels) == plain else list(labels)
+    lacking = sorted(set(task.labels) - set(known))
+    if lacking:
+        raise RuntimeFailure(
+            f"the model has no label {lacking[0]!r} of task {task.name}; it has {', '.join(labels)}"
+        )
+    return [known.index(label) for label in task.labels]
 
 
 def _open(path: Path, threads: int) -> Any:
