@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from mkt_world import CFG, FAMILIES, PUBLIC, UNSEEN, Log, World, devices, drive, home_of
 
-from coordinator.bank import Bank
+from coordinator.bank import Bank, Teacher
 from coordinator.families import Families
 from coordinator.gate import Gate
 from coordinator.peers import bits_per_byte, combined, dual_min_ce, target_bytes
@@ -251,6 +251,20 @@ def test_the_bank_holds_the_newest_rows_for_some_rounds(classroom: Classroom) ->
     assert again.told() == {"dev-a": 1, "dev-b": 3}
     again.forget(["dev-a"])
     assert again.told() == {"dev-b": 3}
+
+
+def test_an_old_teacher_has_to_be_better_than_a_new_one(classroom: Classroom) -> None:
+    _, _, school, _ = classroom
+    table = school.small["words"].table(8)
+    old, new = Teacher("dev-a", table, 0.7), Teacher("dev-b", table, 1.0)
+    sure = replace(table, truth=table.truth * np.float32(0.01))  # better on every text
+
+    _, chosen, by = school.for_large({"words": [Teacher("dev-a", sure, 0.7), new], "pieces": []})
+    assert chosen.all()
+    assert by == {"dev-a": len(PUBLIC), "dev-b": 0}
+
+    _, chosen, by = school.for_large({"words": [old, new], "pieces": []})
+    assert by == {"dev-a": 0, "dev-b": int(chosen.sum())}
 
 
 # --- who teaches whom -----------------------------------------------------------------------------
