@@ -276,6 +276,13 @@ class LlmSection(Struct, frozen=True, forbid_unknown_fields=True):
     batch: Annotated[int, Meta(ge=1, le=4096, description="Texts a step.")] = 16
     beta: Annotated[float, Meta(ge=0, le=100, description="Weight of understanding.")] = 1.0
     reg: Annotated[float, Meta(ge=0, le=100, description="Weight of staying as it was.")] = 0.2
+    verify: Annotated[
+        bool,
+        Meta(
+            description="Say of devices' drafts what this model takes (cloud drafts). Prompts then "
+            "arrive here as token ids, from devices that switched it on as well."
+        ),
+    ] = False
 
 
 class FedMktSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -393,6 +400,8 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.program.name in {"crosslm", "fedmkt"} and not self.llm.path:
             raise ConfigError(f"{source}: program.name = {self.program.name!r} needs llm.path")
+        if self.llm.verify and not self.llm.path:
+            raise ConfigError(f"{source}: llm.verify needs llm.path")
         if self.program.name == "fedmkt" and not self.public.path:
             raise ConfigError(f"{source}: program.name = 'fedmkt' needs public.path, with labels")
         if len({family.name for family in self.families}) != len(self.families):

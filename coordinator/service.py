@@ -161,7 +161,19 @@ class Service:
         self.courier.start()
         self.runner.start_mail(self.courier)
         self.warden.announce()
+        if self.config.llm.verify:
+            self._verify_drafts()
         self.events("started", tenant=self.config.service.tenant)
+
+    def _verify_drafts(self) -> None:
+        with self.events.stage("load", verifier=Path(self.config.llm.path).name):
+            import numpy as np
+
+            from coordinator.torch_target import TorchTarget  # torch is loaded only if asked for
+            from coordinator.verifier import Verifier
+
+            target = TorchTarget(Path(self.config.llm.path))
+        Verifier(target, rng=np.random.default_rng()).serve(self.courier.calls)
 
     def publish_base(self, family: FamilySection) -> Release:
         """Return the family's first release, exported and signed now if there is none yet.

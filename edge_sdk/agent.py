@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge_sdk.cloud_drafts import CloudDrafts
     from edge_sdk.encoders import EncoderSession
     from edge_sdk.runtime import SlmSession
 
@@ -242,6 +243,28 @@ class EdgeDevice:
             RuntimeFailure: no model yet, or a prompt it cannot serve.
         """
         return self._writer().stream(prompt, **options)
+
+    def cloud_drafts(self, **options: Any) -> "CloudDrafts":
+        """Return the way to answers of the coordinator's model, drafted here; `options` are its.
+
+        Raises:
+            RuntimeFailure: switched off on this device, or no model yet.
+            EnrolmentError: the device is not enrolled.
+        """
+        from edge_sdk.cloud_drafts import CloudDrafts
+
+        if not self.config.runtime.cloud_drafts:
+            raise RuntimeFailure(
+                "cloud drafts are off: prompts would leave this device, as token ids sealed for "
+                "the coordinator; set runtime.cloud_drafts = true to allow it"
+            )
+        self._member.require()
+        calls = self._wire.open().calls
+        return CloudDrafts(
+            self._writer(),
+            lambda question, timeout_s: calls.ask(COORDINATOR, question, timeout_s=timeout_s),
+            **options,
+        )
 
     def classify(self, text: str) -> str:
         """Return the label of the device's task that fits `text` best.

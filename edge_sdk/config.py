@@ -219,6 +219,13 @@ class RuntimeSection(Struct, frozen=True, forbid_unknown_fields=True):
         int,
         Meta(ge=1, le=32_768, description="Tokens generated when the caller names no number."),
     ] = 64
+    cloud_drafts: Annotated[
+        bool,
+        Meta(
+            description="Allow answers of the coordinator's model that this device drafts. Their "
+            "prompts then leave it, as token ids sealed for the coordinator."
+        ),
+    ] = False
     probe_s: Annotated[
         float,
         Meta(

@@ -1,6 +1,7 @@
 """A device drafts, the coordinator verifies: the target's own text, or the device goes on alone."""
 
 import random
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import pytest
 
 from coordinator.torch_target import TorchTarget
 from coordinator.verifier import Verifier, VerifierLimits
+from edge_sdk.agent import EdgeDevice
 from edge_sdk.cloud_drafts import CloudDrafts
 from edge_sdk.errors import LinkError, RuntimeFailure
 from edge_sdk.link.broker import find_mosquitto, start_broker
@@ -24,6 +26,7 @@ from edge_sdk.store.mailbox import Mailbox
 from edge_sdk.wire.messages import Refused, Scores, Verified, VerifyDraft
 from edge_sdk.wire.seal import Identity
 from exporters.slm import SlmOptions, export_slm
+from tests.edge_world import Coordinator, config, offer, releases
 from tests.exporters_tiny import save_tiny
 
 KEYS = {name: Identity.generate() for name in ("coordinator", "kitchen")}
@@ -313,3 +316,36 @@ def test_schemas_stay_on_the_device(session) -> None:
         drafts.generate("hello", schema={"type": "boolean"})
     with pytest.raises(RuntimeFailure, match="empty"):
         drafts.generate("")
+
+
+def test_a_device_that_did_not_switch_it_on_sends_nothing(tmp_path) -> None:
+    with (
+        EdgeDevice(config(tmp_path)) as device,
+        pytest.raises(RuntimeFailure, match=r"runtime\.cloud_drafts = true"),
+    ):
+        device.cloud_drafts()
+
+
+def test_a_whole_device_and_the_coordinators_courier(tmp_path) -> None:
+    """An enrolled device with a received model, over its own courier."""
+    coordinator = Coordinator(tmp_path, releases(tmp_path))
+    settings = config(tmp_path, "[runtime]\ncloud_drafts = true\nmax_tokens = 12")
+    with EdgeDevice(settings, link=coordinator.broker.link("kitchen")) as device:
+        worker = threading.Thread(target=device.enrol, args=(coordinator.code("kitchen"),))
+        worker.start()
+        while worker.is_alive():
+            coordinator.courier.wait_for_mail(0.02)
+            coordinator.turn()
+        coordinator.send("kitchen", offer(coordinator.publisher, "r1"))
+        coordinator.talk(device, until=2)
+
+        save_tiny(tmp_path / "large")
+        large = TorchTarget(tmp_path / "large")
+        verifier(large).serve(coordinator.courier.calls)
+        drafts = device.cloud_drafts(even_if_slower=True, timeout_s=20.0)
+        found = tokens(drafts, "hello hello")
+
+        assert drafts.report.alone == ""
+        assert found == written(large, device.session, "hello hello", 12)
+        assert any(entry.kind == "VerifyDraft" for entry in device.ledger.entries())
+    coordinator.close()
