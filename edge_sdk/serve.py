@@ -4,7 +4,6 @@ Knows connections, turns and server-sent events. Does not know what a request me
 nor who may ask (door.py).
 """
 
-import json
 import logging
 import secrets
 import selectors
@@ -18,6 +17,8 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import msgspec
 
 from edge_sdk.door import LOOPBACK_NAMES, Door, is_loopback
 from edge_sdk.errors import ConfigError, FleetError, LinkError
@@ -302,24 +303,24 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             self._head(200, head)
             for event in events:
-                self._event(json.dumps(event))
+                self._event(msgspec.json.encode(event))
                 if cancel.is_set():
                     raise GivenUp
-            self._event("[DONE]")
+            self._event(b"[DONE]")
         except FleetError as exc:  # the status is sent already
-            self._event(json.dumps(ApiError(500, str(exc), code="model_failed").body()))
+            self._event(msgspec.json.encode(ApiError(500, str(exc), code="model_failed").body()))
         finally:
             events.close()
         if not self.close_connection:
             self.wfile.write(b"0\r\n\r\n")
 
-    def _event(self, text: str) -> None:
-        data = f"data: {text}\n\n".encode()
+    def _event(self, text: bytes) -> None:
+        data = b"data: %b\n\n" % text
         framed = b"%x\r\n%b\r\n" % (len(data), data)
         self.wfile.write(data if self.request_version == "HTTP/1.0" else framed)
 
     def _send(self, status: int, found: Json) -> None:
-        data = json.dumps(found).encode()
+        data = msgspec.json.encode(found)
         more = {"Retry-After": "1"} if status == 429 else {}
         length = {"Content-Type": "application/json", "Content-Length": str(len(data))}
         self._head(status, length | more, data)

@@ -43,10 +43,10 @@ class Turns:
                 raise Full
             self._line.append(ticket)
             try:
-                while not self._free or self._line[0] is not ticket:
-                    if cancel.is_set():
-                        raise GivenUp
+                while not cancel.is_set() and not (self._free and self._line[0] is ticket):
                     self._changed.wait(_LOOK_S)
+                if cancel.is_set():
+                    raise GivenUp
                 self._free -= 1
             finally:
                 self._line.remove(ticket)

@@ -24,6 +24,7 @@ from edge_sdk.errors import ConfigError, LinkError
 from edge_sdk.openai_requests import MAX_CHOICES
 from edge_sdk.runtime import Answer, SlmSession
 from edge_sdk.serve import MAX_BODY_BYTES, Server, serve
+from edge_sdk.turns import Full, GivenUp, Turns
 from tests.chat_world import CONTEXT, encoder, world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -537,6 +538,46 @@ def test_a_full_line_says_so(recorded: Recorded) -> None:
                 client.completions.create(model="m", prompt="next", max_tokens=2)
             assert refused.value.response.headers["Retry-After"] == "1"
         recorded.wait_for_end()
+
+
+def test_whoever_hangs_up_in_the_line_leaves_it(recorded: Recorded) -> None:
+    with serve({"m": recorded}, waiting=1) as server, to(server) as client:
+        with client.completions.create(stream=True, **LONG) as stream:
+            next(stream)
+            with pytest.raises(openai.APITimeoutError):  # the client gives up and hangs up
+                client.completions.create(model="m", prompt="a", max_tokens=2, timeout=0.1)
+            while server._http.turns._line:
+                threading.Event().wait(0.001)
+        recorded.wait_for_end()
+
+        assert client.completions.create(model="m", prompt="b", max_tokens=2).choices
+    assert len(recorded.answers) == 2  # nobody wrote to the one who had left
+
+
+def test_turns_come_in_order_and_the_line_has_an_end() -> None:
+    turns, cancel, order = Turns(at_once=1, waiting=2), threading.Event(), []
+
+    def wait(name: str) -> None:
+        with turns.take(threading.Event()):
+            order.append(name)
+
+    threads = [threading.Thread(target=wait, args=(name,)) for name in "ab"]
+    with turns.take(cancel):
+        for count, thread in enumerate(threads, start=1):
+            thread.start()
+            while len(turns._line) < count:
+                threading.Event().wait(0.001)
+        with pytest.raises(Full), turns.take(cancel):
+            pass
+    for thread in threads:
+        thread.join()
+    assert order == ["a", "b"]
+    cancel.set()
+    with pytest.raises(GivenUp), turns.take(cancel):
+        pass
+    with turns.take(threading.Event()):
+        order.append("c")
+    assert order[-1] == "c"
 
 
 def test_closing_ends_what_is_being_answered(recorded: Recorded) -> None:
