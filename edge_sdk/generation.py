@@ -4,6 +4,7 @@ Knows the options and their ranges. Does not know models, tokens or the answer (
 """
 
 import math
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -101,12 +102,12 @@ class Request:
     def search(self) -> dict[str, Any]:
         """Return genai's search options for this request."""
         search: dict[str, Any] = {"repetition_penalty": float(self.repetition_penalty)}
+        # Without a seed genai 0.18 asks the processor for 2.5 kB of entropy: 12 ms per request.
         if not self.temperature:  # genai divides by it
-            return {**search, "do_sample": False}
+            return {**search, "do_sample": False, "random_seed": 0}
         search |= {"do_sample": True, "temperature": float(self.temperature)}
         search |= {"top_p": float(self.top_p), "top_k": int(self.top_k)}
-        if self.seed is not None:
-            search["random_seed"] = int(self.seed)
+        search["random_seed"] = secrets.randbelow(MAX_SEED) if self.seed is None else int(self.seed)
         return search
 
 
