@@ -11,7 +11,7 @@ answered for allowed origins only. Other users of the machine are kept out by th
 
 import hmac
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.message import Message
 from urllib.parse import urlsplit
 
@@ -26,7 +26,7 @@ class Door:
 
     hosts: frozenset[str] = LOOPBACK_NAMES
     origins: frozenset[str] = frozenset()
-    key: str = ""
+    key: str = field(default="", repr=False)
 
     def check(self, headers: Message, *, keyed: bool = True) -> None:
         """Let a request pass by its headers alone.
@@ -35,7 +35,8 @@ class Door:
             ApiError: 403 for a foreign host or page, 401 for a wrong key.
         """
         host = headers.get("Host") or ""
-        if _host_name(host) not in self.hosts:
+        name = _host_name(host)
+        if name not in self.hosts and not _is_address(name):
             raise ApiError(
                 403,
                 f"this endpoint is not {host[:80]!r}; its names are "
@@ -62,6 +63,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _is_address(name: str) -> bool:
+    """Whether a name is a number, which nobody can point elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_name(host: str) -> str:

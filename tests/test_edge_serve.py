@@ -346,6 +346,7 @@ def test_who_may_ask(endpoint: Endpoint) -> None:
         ({}, 200),
         ({"Host": "localhost"}, 200),
         ({"Host": "[::1]:80"}, 200),
+        ({"Host": "192.0.2.7:8321"}, 200),
         ({"Host": "rebound.example"}, 403),
         ({"Host": "localhost.example:8321"}, 403),
         ({"Host": ""}, 403),
