@@ -9,6 +9,7 @@ import onnxruntime_genai as og
 import pytest
 
 from edge_sdk.errors import ExportError
+from edge_sdk.graphs import check_bundle
 from edge_sdk.runtime import SlmSession
 from edge_sdk.speculation import Speculator
 from exporters.bundle import check_release
@@ -66,6 +67,7 @@ def test_the_verifying_graph_is_the_targets_without_slots(folder) -> None:
 
 def test_it_is_a_release_and_the_bundle_of_before_with_three_kinds_of_files_more(folder) -> None:
     manifest = check_release(folder / "pair", family="tiny", release="r-spec")
+    check_bundle(folder / "pair")  # as a device judges it
 
     before = {path.name for path in (folder / "target").iterdir()}
     more = set(manifest.files) - before
