@@ -2,7 +2,7 @@
 
 Knows the order of one round. Does not know transport, files, tokens or how a loss is computed.
 
-Fan, Ma, Kang, Gu, Song, Chen, Fan, Yang: "FedMKT: Federated Mutual Knowledge Transfer for Large and
+Fan, Ma, Kang, Gu, Song, Fan, Chen, Yang: "FedMKT: Federated Mutual Knowledge Transfer for Large and
 Small Language Models", COLING 2025 (arXiv 2406.02224), algorithms 1 and 2; PAPERS.md 2.
 
     line 1   for each round t:
