@@ -8,6 +8,7 @@ beginning of its tokens that is still right, so that as a rule only the new turn
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Unpack
 
 from edge_sdk.answer import Answer
@@ -108,7 +109,7 @@ class Conversation:
             request.schema
         ):  # a grammar begins with a new generator, which the next turn has no use for
             return self._session.generator(request, limit=context), 0
-        key = (request.adapter, tuple(sorted(request.search().items())))
+        key = replace(request, max_tokens=1, stop=(), time_s=1, cancel=None)  # what genai is told
         if self._generator is None or key != self._key:
             self._generator = None  # its cache goes before the next one comes
             self._generator = self._session.generator(request, limit=context)

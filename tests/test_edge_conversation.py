@@ -123,6 +123,9 @@ def test_other_sampling_or_another_adapter_reads_everything_anew(session: SlmSes
 
     assert read == prompt
     assert text
+    assert said(talk, "why?", temperature=1.0, seed=4, max_tokens=3)[2] < 30
+    said(talk, "no", temperature=1.0)
+    assert said(talk, "so?", temperature=1.0, stop=["?"], time_s=60)[2] < 30  # no seed, same cache
 
 
 def test_a_full_context_is_refused_and_reset_makes_room(session: SlmSession) -> None:
