@@ -30,7 +30,7 @@ MIB = 2**20
 
 FIXED_MB = 96
 """Kernels that torch prepares and keeps, code paged in at the first step, and fragments: what a
-3 M model took beyond the rest of the prediction (examples/bench_training.py)."""
+135 M model took beyond the rest of the prediction, a 3 M one half (examples/bench_training.py)."""
 
 FACTOR_BYTES = 20
 """Of each trained value: itself, its gradient, two moments and one passing copy, 32 bits each."""
