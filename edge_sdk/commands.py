@@ -145,8 +145,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
+    from edge_sdk.chat_commands import given_text
 
-    text = sys.stdin.read() if arguments.text == "-" else arguments.text
+    text = given_text(arguments.text)
     with EdgeDevice(_config(arguments)) as device:
         if arguments.classify:
             answer = device.classify(text)
