@@ -318,9 +318,9 @@ class FedMktSection(Struct, frozen=True, forbid_unknown_fields=True):
             ge=0,
             le=100,
             description="A model is taken back if its bits per byte of held-out texts rise by "
-            "more than this share of its best.",
+            "more than this share of its best; training on few labels alone raises them a little.",
         ),
-    ] = 0.25
+    ] = 0.5
     patience: Annotated[
         int,
         Meta(ge=0, le=1000, description="Rounds without gain that end the run; 0: never."),

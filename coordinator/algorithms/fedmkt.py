@@ -89,7 +89,7 @@ class FedMktConfig:
     ask_devices: bool = True
     greedy: bool = False
     stale_rounds: int = LATE_STEPS
-    max_rise: float = 0.25
+    max_rise: float = 0.5
     patience: int = 0
     shuffle_teachers: bool = False
     learn_codec: bool = True
