@@ -29,7 +29,6 @@ from edge_sdk.algorithms.speculative import Sampling, Step, best_length
 from edge_sdk.answer import Answer
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.errors import RuntimeFailure
-from edge_sdk.genai_model import read
 from edge_sdk.generation import Options, Request
 from edge_sdk.guessing import MODEL, Costs, DraftModel, Guess, Guesses
 from edge_sdk.prompts import Tokens
@@ -43,7 +42,7 @@ LONGEST_DRAFT = 6
 """Tokens guessed at most; on a CPU each one read costs nearly half a pass."""
 JUDGE_TOKENS = 256
 """After so many tokens a speculator that was slower than plain decoding switches itself off."""
-_TIMES = 12  # passes timed per length, in turns; their median counts
+_ROUNDS, _IN_A_ROW = 3, 4  # of passes timed per length; their median counts
 _CALIBRATION_TOKENS = 48
 
 
@@ -248,51 +247,48 @@ class Speculator:
         return GenaiRows(generator, every_row=every_row)
 
     def _measured(self) -> Costs:
-        counts = range(1, self._longest + 2)
-        passes: list[list[float]] = [[] for _ in counts]
+        lengths = range(1, self._longest + 2)
+        passes: list[list[float]] = [[] for _ in lengths]
         plain: list[float] = []
         drafts: list[float] = []
         start = min(_CALIBRATION_TOKENS, self._target.context // 2)
-        text, limit = [0] * start, start + _TIMES + self._longest + 2
-        usual = self._usual(text, limit)
-        rows = self._rows(self._target, limit)
-        small = self._rows(self._draft, limit) if self._draft is not None else None
-        for each in (rows, small):
-            if each is not None:
-                each.read(text)
-        for _ in range(_TIMES):
-            self._timed(plain, usual)
-            for times, count in zip(passes, counts, strict=True):
-                self._timed(times, lambda: _reread(rows, count, start))  # noqa: B023
+        rows = self._rows(self._target, start + self._longest + 1)
+        rows.read([0] * start)
+        small = self._rows(self._draft, start + 1) if self._draft is not None else None
+        if small is not None:
+            small.read([0] * start)
+        for _ in range(_ROUNDS):  # so that a busy moment hits all alike
+            plain.append(self._usual())
+            for times, length in zip(passes, lengths, strict=True):
+                times += self._timed(rows, length, start)
             if small is not None:
-                self._timed(drafts, lambda: _reread(small, 1, start))
+                drafts += self._timed(small, 1, start)
         draft_s = median(drafts) if drafts else 0.0
         return Costs(median(plain), [median(times) for times in passes], draft_s)
 
-    def _usual(self, text: Tokens, limit: int) -> Callable[[], None]:
-        """What the session does for each token when nobody speculates."""
-        limit = min(limit, self._target.context)
-        generator = self._target.generator(self._target.request({}), limit=limit)
-        read(generator, [text])
+    def _usual(self) -> float:
+        """Seconds of this clock for a token when nobody speculates."""
+        wall, begun = time.perf_counter(), self._clock()
+        rate = self._target.measure_speed()
+        return (self._clock() - begun) / (time.perf_counter() - wall) / rate
 
-        def step() -> None:
-            if not generator.is_done():
-                generator.generate_next_token()
-
-        return step
-
-    def _timed(self, times: list[float], action: Callable[[], None]) -> None:
-        begun = self._clock()
-        action()
-        times.append(self._clock() - begun)
+    def _timed(self, rows: Rows, length: int, start: int) -> list[float]:
+        """Seconds of passes in a row; the first, to which the caches are strange, left out."""
+        times = []
+        for _ in range(1 + _IN_A_ROW):
+            begun = self._clock()
+            rows.read([0] * length)
+            rows.rewind(start)
+            times.append(self._clock() - begun)
+        return times[1:]
 
     def _judge(self, _: Answer) -> None:
         lately = self._lately
         if self.off or lately.tokens < JUDGE_TOKENS:
             return
         self._lately = _Sums()
-        if self._report(lately).measured < 1.0:
-            self.calibrate()  # the machine may be busier than it was
+        if self.costs is not None and self._report(lately).measured < 1.0:
+            self.costs.plain_s = self._usual()  # the machine may be busier than it was
         factor = self._report(lately).measured
         if factor < 1.0:
             self._switch_off(f"it was {factor:.2f} times as fast as plain decoding")
@@ -303,11 +299,6 @@ class Speculator:
     def _switch_off(self, why: str) -> None:
         self.off = why
         logger.info("speculative decoding is off: %s", why)
-
-
-def _reread(rows: Rows, count: int, start: int) -> None:
-    rows.read([0] * count)
-    rows.rewind(start)
 
 
 def _check_pair(target: SlmSession, draft: SlmSession) -> None:

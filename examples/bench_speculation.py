@@ -61,8 +61,9 @@ def measure(
     """Return one row per way for two bundles; `draft` None leaves the draft model out.
 
     Each row has runtime, model, tokens_per_s, first_token_ms, peak_mb, disk_mb, and besides: factor
-    (over plain, in the same run), predicted (by the formula with v(g)), alpha, tokens_per_pass,
-    same (share of answers with plain's tokens) and off.
+    (over plain, in the same run), predicted (the formula with v(g)) and measured (both of passes
+    only, text and prompt left out), alpha, tokens_per_pass, same (share of answers with plain's
+    tokens) and off.
     """
     plain = SlmSession(target, threads=threads, max_tokens=max_tokens)
     small = None if draft is None else SlmSession(draft, threads=1)
@@ -70,14 +71,16 @@ def measure(
     if small is not None:
         ways["draft"] = Speculator(plain, small, threads=threads, lookup=False, clock=clock)
         ways["lookup and draft"] = Speculator(plain, small, threads=threads, clock=clock)
-    for way in ways.values():
+    again = Speculator(plain, threads=threads, clock=clock)
+    for way in (*ways.values(), again):
         way.calibrate()
     tallies = {name: Tally() for name in ("plain", *ways, "lookup, asked again")}
     for prompt in prompts:
         tallies["plain"].take(plain.stream(prompt), clock)
         for name, way in ways.items():
             tallies[name].take(way.stream(prompt), clock)
-        tallies["lookup, asked again"].take(ways["lookup"].stream(prompt), clock)
+        Tally().take(again.stream(prompt), clock)
+        tallies["lookup, asked again"].take(again.stream(prompt), clock)
     rows = [
         _row(name, tally, tallies["plain"], target, ways.get(name))
         for name, tally in tallies.items()
@@ -105,6 +108,7 @@ def _row(name: str, tally: Tally, plain: Tally, model: Path, way: Speculator | N
         report = way.report()
         row |= {
             "predicted": round(report.predicted, 3),
+            "measured": round(report.measured, 3),
             "alpha": round(report.alpha, 3),
             "tokens_per_pass": round(report.tokens / max(1, report.passes), 3),
             "v": [round(v, 2) for v in way.costs.verify],
@@ -146,10 +150,8 @@ def bundle(name: str) -> Path:
 def show(rows: Iterable[Row]) -> None:
     """Print the rows as a table."""
     for row in rows:
-        more = ", ".join(
-            f"{key} {row[key]}" for key in ("predicted", "alpha", "tokens_per_pass", "v", "c")
-            if key in row
-        )  # fmt: skip
+        keys = ("predicted", "measured", "alpha", "tokens_per_pass", "v", "c")
+        more = ", ".join(f"{key} {row[key]}" for key in keys if key in row)
         off = f"; off: {row['off']}" if row.get("off") else ""
         print(
             f"{row['runtime']:40} {row['tokens_per_s']:8.1f} tok/s  x{row['factor']:.2f}  "

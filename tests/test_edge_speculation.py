@@ -117,9 +117,10 @@ def test_it_measures_and_says_what_it_costs(target, draft):
 
     costs = speculator.calibrate()
 
-    assert costs.plain_s == 1.0
-    assert costs.verify == (1.0,) * 7
-    assert costs.draft == 1.0
+    assert costs.plain_s > 0
+    assert costs.passes_s == [1.0] * 7
+    assert costs.draft_s == 1.0
+    cheap(speculator).off = ""
     speculator.generate(PROMPTS[2])
     assert "predicted" in str(speculator.report())
     assert speculator.report().predicted >= 1.0
@@ -128,7 +129,7 @@ def test_it_measures_and_says_what_it_costs(target, draft):
 def test_what_loses_switches_itself_off_and_the_session_goes_on(target):
     """Costs that promise much, and a clock on which a pass takes ten times as long."""
     speculator = cheap(Speculator(target, target, lookup=False, clock=Slow()))
-    speculator.calibrate = lambda: speculator.costs  # on this clock all would cost alike
+    speculator._usual = lambda: 1.0  # the session's own decoding did not become slower
     for _ in range(12):
         text = speculator.generate(PROMPTS[1])
 
