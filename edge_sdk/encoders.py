@@ -37,7 +37,7 @@ BATCH_TOKENS = 2048
 SPEED_TOKENS, SPEED_RUNS = 64, 3
 _WIDTH_MIN = 2  # graphs are traced with two tokens or more
 _SLOW = ["SkipLayerNormFusion"]
-"""Joins a sum and a norm into an operator that takes five times as long on a CPU (1.27 to 1.31)."""
+"""Joins a sum and a norm into an operator that takes five times as long on a CPU (1.31)."""
 
 
 class EncoderSession(LabelAnswers):

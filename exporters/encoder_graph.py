@@ -79,7 +79,7 @@ def trace(net: Any, names: list[str], *, classifies: bool, context: int) -> onnx
 def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     """Without the exporter's stack traces, which are half of a small file and name the paths of
     this machine, and without shapes in between: with them onnxruntime joins sums and norms into
-    SkipLayerNormalization, which takes five times as long on a CPU (1.27 to 1.31)."""
+    SkipLayerNormalization, which takes five times as long on a CPU (1.31)."""
     graph = model.graph
     for item in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         item.ClearField("metadata_props")
