@@ -20,14 +20,13 @@ TRIALS = 12
 """Drafts of the draft model tried before its own record is believed."""
 _HOPED = 0.8  # of the draft model, while it is tried
 _PRIOR = 4.0  # drafted tokens that the first opinion about a guesser counts for
-_LEARNT = 0.05  # weight of the newest pass in what passes are believed to take
 _FADE = 0.98  # per draft: what was accepted lately says more
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Costs:
-    """This machine's seconds: of a token of plain decoding, of passes over 1, 2, .. tokens, of a
-    token of the draft model. What passes really take is learnt on the way."""
+    """This machine's seconds, undisturbed: of a token of plain decoding, of passes over 1, 2, ..
+    tokens, of a token of the draft model."""
 
     plain_s: float
     passes_s: list[float]
@@ -42,11 +41,6 @@ class Costs:
     def draft(self) -> float:
         """c, in tokens of plain decoding."""
         return self.draft_s / self.plain_s
-
-    def learn(self, tokens: int, seconds: float) -> None:
-        """Take in what a pass over `tokens` tokens took; one that was interrupted counts little."""
-        known = self.passes_s[tokens - 1]
-        self.passes_s[tokens - 1] += _LEARNT * (min(seconds, 3 * known) - known)
 
 
 @dataclass(frozen=True, slots=True)

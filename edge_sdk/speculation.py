@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean
 from typing import Unpack
 
 import numpy as np
@@ -30,7 +30,7 @@ from edge_sdk.answer import Answer
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Options, Request
-from edge_sdk.guessing import MODEL, Costs, DraftModel, Guess, Guesses
+from edge_sdk.guessing import Costs, DraftModel, Guess, Guesses
 from edge_sdk.prompts import Tokens
 from edge_sdk.runtime import SlmSession
 from edge_sdk.speculating import Speculating
@@ -42,7 +42,7 @@ LONGEST_DRAFT = 6
 """Tokens guessed at most; on a CPU each one read costs nearly half a pass."""
 JUDGE_TOKENS = 256
 """After so many tokens a speculator that was slower than plain decoding switches itself off."""
-_ROUNDS, _IN_A_ROW = 3, 4  # of passes timed per length; their median counts
+_ROUNDS, _IN_A_ROW = 5, 4  # passes timed; the quickest round counts, since others work here too
 _CALIBRATION_TOKENS = 48
 
 
@@ -143,6 +143,7 @@ class Speculator:
         self._ends = BundleFiles.read(target.folder).ends
         self._sums, self._lately = _Sums(), _Sums()
         self._model: DraftModel | None = None
+        self._usual_s = 0.0  # of a token of plain decoding, disturbed as everything here is
         self.costs: Costs | None = None
         self.off = ""
 
@@ -220,12 +221,7 @@ class Speculator:
 
     def note(self, guess: Guess, step: Step, passed_s: float) -> None:
         """Keep what a pass gave and took."""
-        costs, length = self.costs, len(guess.tokens)
-        assert costs is not None, "calibrated before the first answer"
         self._guesses.note(guess, step)
-        drafted_s = length * costs.draft_s if guess.by == MODEL else 0.0
-        read = max(length + 1, 2 if self._steady else 1)
-        costs.learn(min(read, len(costs.passes_s)), max(0.0, passed_s - drafted_s))
         for sums in (self._sums, self._lately):
             sums.note(guess, step, passed_s)
 
@@ -250,7 +246,7 @@ class Speculator:
         lengths = range(1, self._longest + 2)
         passes: list[list[float]] = [[] for _ in lengths]
         plain: list[float] = []
-        drafts: list[float] = []
+        drafts = [0.0] if self._draft is None else []
         start = min(_CALIBRATION_TOKENS, self._target.context // 2)
         rows = self._rows(self._target, start + self._longest + 1)
         rows.read([0] * start)
@@ -260,11 +256,11 @@ class Speculator:
         for _ in range(_ROUNDS):  # so that a busy moment hits all alike
             plain.append(self._usual())
             for times, length in zip(passes, lengths, strict=True):
-                times += self._timed(rows, length, start)
+                times.append(self._timed(rows, length, start))
             if small is not None:
-                drafts += self._timed(small, 1, start)
-        draft_s = median(drafts) if drafts else 0.0
-        return Costs(median(plain), [median(times) for times in passes], draft_s)
+                drafts.append(self._timed(small, 1, start))
+        self._usual_s = mean(plain)
+        return Costs(min(plain), [min(times) for times in passes], min(drafts))
 
     def _usual(self) -> float:
         """Seconds of this clock for a token when nobody speculates."""
@@ -272,29 +268,29 @@ class Speculator:
         rate = self._target.measure_speed()
         return (self._clock() - begun) / (time.perf_counter() - wall) / rate
 
-    def _timed(self, rows: Rows, length: int, start: int) -> list[float]:
-        """Seconds of passes in a row; the first, to which the caches are strange, left out."""
-        times = []
-        for _ in range(1 + _IN_A_ROW):
-            begun = self._clock()
+    def _timed(self, rows: Rows, length: int, start: int) -> float:
+        """Seconds of a pass; the first of some, to which the caches are strange, left out."""
+        begun = 0.0
+        for i in range(1 + _IN_A_ROW):
+            if i == 1:
+                begun = self._clock()
             rows.read([0] * length)
             rows.rewind(start)
-            times.append(self._clock() - begun)
-        return times[1:]
+        return (self._clock() - begun) / _IN_A_ROW
 
     def _judge(self, _: Answer) -> None:
         lately = self._lately
         if self.off or lately.tokens < JUDGE_TOKENS:
             return
         self._lately = _Sums()
-        if self.costs is not None and self._report(lately).measured < 1.0:
-            self.costs.plain_s = self._usual()  # the machine may be busier than it was
+        if self._report(lately).measured < 1.0:
+            self._usual_s = self._usual()  # the machine may be busier than it was
         factor = self._report(lately).measured
         if factor < 1.0:
             self._switch_off(f"it was {factor:.2f} times as fast as plain decoding")
 
     def _report(self, sums: _Sums) -> Report:
-        return sums.report(self.costs.plain_s if self.costs else 0.0, self.off)
+        return sums.report(self._usual_s, self.off)
 
     def _switch_off(self, why: str) -> None:
         self.off = why

@@ -45,7 +45,7 @@ def draft(bundles):
 
 def cheap(speculator: Speculator) -> Speculator:
     """Costs at which every guess pays, so that each test really guesses."""
-    speculator.costs = Costs(1.0, [1.0] * 7, 0.0)
+    speculator.costs, speculator._usual_s = Costs(1.0, [1.0] * 7, 0.0), 1.0
     return speculator
 
 
@@ -118,8 +118,8 @@ def test_it_measures_and_says_what_it_costs(target, draft):
     costs = speculator.calibrate()
 
     assert costs.plain_s > 0
-    assert costs.passes_s == [1.0] * 7
-    assert costs.draft_s == 1.0
+    assert costs.passes_s == [0.25] * 7  # one tick for four passes
+    assert costs.draft_s == 0.25
     cheap(speculator).off = ""
     speculator.generate(PROMPTS[2])
     assert "predicted" in str(speculator.report())
