@@ -1,4 +1,4 @@
-"""Rows that a model gives, and the loss on another model's rows, against their dense definitions."""
+"""Rows that a model gives, and the loss on another model's rows, against dense definitions."""
 
 import numpy as np
 import pytest

@@ -34,9 +34,7 @@ Paths = Annotated[tuple[FilePath, ...], Meta(max_length=4096)]
 Stages = Annotated[dict[Word, float], Meta(max_length=256)]
 """Seconds by stage of the work."""
 
-TokenIds = Annotated[
-    tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=131_072)
-]
+TokenIds = Annotated[tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...], Meta(max_length=131_072)]
 """Tokens of a text, by their numbers in its tokenizer."""
 
 HybridKey = Annotated[bytes, Meta(max_length=1216)]
