@@ -70,6 +70,8 @@ NEEDS = {
 """What each runtime imports, and how to get it."""
 
 PROMPT, WARM = 256, 64
+PAUSE_S = 0.1
+"""Between two processes: threads of the one before may still spin, waiting for more work."""
 TEXT = (
     "The harbour was quiet when the first boat came in. A woman on the quay counted the crates, "
     "wrote the number on a slate and asked what the weather had been like beyond the lighthouse. "
@@ -117,7 +119,8 @@ class Worker:
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )
         self._said: list[str] = []
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
         self.versions: dict[str, str] = self._read()["versions"]
 
     def ask(self, request: dict[str, Any]) -> dict[str, float]:
@@ -134,6 +137,10 @@ class Worker:
         """End the process."""
         self._process.terminate()
         self._process.wait()
+        self._listener.join()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
 
     def _listen(self) -> None:
         assert self._process.stderr is not None
@@ -143,7 +150,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            self.close()
             raise SubjectError("".join(self._said).strip()[-600:] or "it ended without a word")
         return json.loads(line)
 
@@ -197,7 +204,7 @@ def measure(model: str, pythons: dict[str, Path], options: argparse.Namespace) -
             if runtime == "speculative" and model != "llm":
                 continue  # no smaller model shares the made-up tokenizer
             try:
-                path = str(files(runtime, model, options.cache, python))
+                path = str(files(runtime, model, options.cache, python, block=options.block))
                 worker = Worker(python, runtime, path, options.threads)
                 running.append((Row(runtime, model, size_mb(path), worker.versions), worker))
                 worker.ask(request)  # not counted
@@ -206,6 +213,7 @@ def measure(model: str, pythons: dict[str, Path], options: argparse.Namespace) -
                 running = [pair for pair in running if pair[0].runtime != runtime]
         for _ in range(options.rounds):
             for row, worker in running:
+                time.sleep(PAUSE_S)
                 found = worker.ask(request)
                 row.tokens_per_s.append(found["tokens_per_s"])
                 row.first_token_ms.append(found["first_token_ms"])
@@ -258,6 +266,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="medians are over this many")
     add("--tokens", type=int, default=64, help="tokens written per request")
     add("--threads", type=int, default=2)
+    add("--block", type=int, default=32, choices=(16, 32, 64, 128), help="ours: weights per scale")
     add("--cache", type=Path, default=cache_folder().parent / "inference")
     add("--json", action="store_true", help="the last line is one JSON object")
     return parser.parse_args(argv)
@@ -282,7 +291,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model in options.models:
         found = measure(model, pythons, options)
         rows += found
-        each = bytes_per_token(files(OURS, model, options.cache, Path(sys.executable)))
+        try:
+            ours = files(OURS, model, options.cache, Path(sys.executable), block=options.block)
+        except SubjectError as exc:
+            print(f"{model} has no int4 bundle: {exc}")
+            return 1
+        each = bytes_per_token(ours)
         bound = speed / each
         print(f"\n{model}: a token reads {each / 1e6:.1f} MB, bound {bound:.0f} tokens/s")
         print(table(found, bound))

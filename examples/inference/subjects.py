@@ -51,8 +51,10 @@ def weights(model: str, cache: Path) -> Path:
     raise SubjectError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
 
 
-def files(runtime: str, model: str, cache: Path, python: Path) -> Path:
+def files(runtime: str, model: str, cache: Path, python: Path, *, block: int = 32) -> Path:
     """What `runtime` loads of `model`, converted by `python`'s environment on first use.
+
+    `block`: how many weights share a scale in our own bundles.
 
     Raises:
         SubjectError: the converter failed.
@@ -60,11 +62,13 @@ def files(runtime: str, model: str, cache: Path, python: Path) -> Path:
     source = weights(model, cache)
     out = cache / f"{source.name}-{runtime}-{_version(runtime)}"
     if runtime == "symbiont":
-        return _made(out, lambda path: _bundle(source, path))
+        return _made(
+            out.with_name(f"{out.name}-{block}"), lambda path: _bundle(source, path, block)
+        )
     if runtime == "speculative":
-        draft = materialize("slm-a")
-        small = _made(cache / f"{draft.name}-{out.name}", lambda path: _bundle(draft, path))
-        return Path(f"{files('symbiont', model, cache, python)},{small}")
+        draft, whole = materialize("slm-a"), files("symbiont", model, cache, python, block=block)
+        small = cache / f"{draft.name}-{whole.name}"
+        return Path(f"{whole},{_made(small, lambda path: _bundle(draft, path, block))}")
     if runtime == "genai":
         return _made(out, lambda path: _plain_genai(source, path))
     if runtime == "llama.cpp":
@@ -123,12 +127,12 @@ def _made(out: Path, make: Callable[[Path], None]) -> Path:
     return out
 
 
-def _bundle(source: Path, out: Path) -> None:
+def _bundle(source: Path, out: Path, block: int) -> None:
     from edge_sdk.errors import ExportError
-    from exporters.slm import export_slm
+    from exporters.slm import SlmOptions, export_slm
 
     try:
-        export_slm(source, out, family="bench", release="base")
+        export_slm(source, out, family="bench", release="base", options=SlmOptions(block=block))
     except ExportError as exc:
         raise SubjectError(str(exc)) from exc
 

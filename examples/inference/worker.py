@@ -39,13 +39,15 @@ class Symbiont:
         self.session = SlmSession(path, threads=threads)
 
     def write(self, ids: list[int], text: str, new: int) -> Times:
+        started = time.perf_counter()
         with self.session.stream(text, max_tokens=new) as answer:
+            before = time.perf_counter() - started  # what stream() did before it began to count
             for _ in answer:
                 pass
         if len(answer.tokens) < new and new > 1:
             raise RuntimeError(f"the answer ended after {len(answer.tokens)} tokens, not {new}")
         per_token = 1 / answer.tokens_per_s if new > 1 else 0.0
-        return [answer.first_token_s + i * per_token for i in range(new)]
+        return [before + answer.first_token_s + i * per_token for i in range(new)]
 
 
 class Speculative(Symbiont):
@@ -89,13 +91,14 @@ class Genai:
 
     def write(self, ids: list[int], text: str, new: int) -> Times:
         length = len(ids) + new
+        started, times = time.perf_counter(), []
         params = self.og.GeneratorParams(self.model)
         params.set_search_options(max_length=length, min_length=length, do_sample=False)
         generator = self.og.Generator(self.model, params)
-        started, times = time.perf_counter(), []
         generator.append_tokens(ids)
         for _ in range(new):
             generator.generate_next_token()
+            int(generator.get_next_tokens()[0])
             times.append(time.perf_counter() - started)
         return times
 
@@ -221,6 +224,7 @@ def main() -> None:
     answers.write(json.dumps({"versions": versions}) + "\n")
     for line in sys.stdin:
         request = json.loads(line)
+        runtime.write(request["ids"], request["text"], 1)  # others used the caches meanwhile
         first = runtime.write(request["ids"], request["text"], 1)[0]
         times = runtime.write(request["warm"], request["warm_text"], request["new"])
         rate = (len(times) - 1) / (times[-1] - times[0])
