@@ -111,7 +111,7 @@ def finish(
         name = node.input[1].removesuffix(".codes")
         width, rows = sizes[node.input[1]]
         made = _in_32_bits(node, name) if name in exact else [node]
-        product = next(n for n in made if n.op_type != "DequantizeLinear")
+        product = next(n for n in made if n.op_type.endswith("MatMul"))
         linears[product.name] = (Linear(name, rows, width),)
         nodes.extend(made)
     del model.graph.node[:]
@@ -123,11 +123,13 @@ def _in_32_bits(node: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
     x, codes, scales = node.input[:3]
     bias, y = node.input[4] if len(node.input) > 4 else "", node.output[0]
     product = f"{y}/unbiased" if bias else y
+    # Not DequantizeLinear: onnxruntime 1.31 makes a product of 8-bit inputs of that and a MatMul.
+    # A cast constant is folded into 32-bit weights when the graph is loaded.
+    float32, dense = onnx.TensorProto.FLOAT, f"{name}.dense"
     made = [
-        helper.make_node(
-            "DequantizeLinear", [codes, scales], [f"{name}.dense"], name=f"{name}/dense", axis=1
-        ),
-        helper.make_node("MatMul", [x, f"{name}.dense"], [product], name=f"{name}/MatMul"),
+        helper.make_node("Cast", [codes], [f"{name}.cast"], name=f"{name}/cast", to=float32),
+        helper.make_node("Mul", [f"{name}.cast", scales], [dense], name=f"{name}/dense"),
+        helper.make_node("MatMul", [x, dense], [product], name=f"{name}/MatMul"),
     ]
     if bias:
         made.append(helper.make_node("Add", [product, bias], [y], name=f"{name}/bias"))
@@ -183,7 +185,7 @@ def _entry(
 def _turned(model: onnx.ModelProto) -> set[str]:
     """The codes that are kept as (in, out), as a product wants them."""
     products = {n.input[1] for n in model.graph.node if n.op_type == "DynamicQuantizeMatMul"}
-    return products | {n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    return products | {n.input[0] for n in model.graph.node if n.name.endswith("/cast")}
 
 
 def _spans(data: bytes, model: onnx.ModelProto) -> dict[str, tuple[int, int]]:

@@ -168,8 +168,12 @@ def _places(graph: onnx.GraphProto) -> dict[str, tuple[str, str]]:
     found = {}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1].endswith(".lora_A"):
-            total = readers[readers[node.output[0]].output[0]]
-            found[node.input[1].removesuffix(".lora_A")] = (node.input[0], total.output[0])
+            last = readers[readers[node.output[0]].output[0]]
+            name = node.input[1].removesuffix(".lora_A")
+            after = readers.get(last.output[0])
+            if after is not None and after.name == f"{name}/bias":
+                last = after
+            found[name] = (node.input[0], last.output[0])
     return found
 
 

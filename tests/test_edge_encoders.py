@@ -250,7 +250,7 @@ def test_other_answers_than_the_exported_fail_the_trial(tmp_path: Path) -> None:
     golden["rows"][0]["logits"][0] += 3.0
     (folder / "golden.json").write_text(json.dumps(golden))
 
-    with pytest.raises(RuntimeFailure, match=r"its logits are 1\.\d+ from those of its export"):
+    with pytest.raises(RuntimeFailure, match=r"its logits are \d\.\d+ from those of its export"):
         child_probe(timeout_s=100)(Held("tiny", "r1", str(folder)))
 
 

@@ -26,7 +26,7 @@ from tests.encoders_tiny import LABELS, TASK, TEXTS, exported
 
 WORDS = {"open": "what is the river", "list": "give me ideas", "name": "sort these animals"}
 EXAMPLES = [(f"{WORDS[label]} {i % 7}", label) for i in range(36) for label in [LABELS[i % 3]]]
-SPEC = lora.LoraSpec(rank=4, alpha=8.0, targets=("Wqkv", "classifier"))
+SPEC = lora.LoraSpec(rank=4, alpha=8.0, targets=("Wqkv", "Wi", "Wo", "classifier"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def _order(**changes: object) -> TrainAdapter:
         "targets": SPEC.targets,
         "codec_id": "none",
         "codec": b"",
-        "steps": 25,
+        "steps": 60,
         "batch": 12,
-        "lr": 0.02,
+        "lr": 0.01,
         "synthetic_weight": 0.0,
         "bytes_target": 0,
         "seed": 3,
