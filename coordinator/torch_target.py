@@ -29,7 +29,8 @@ class TorchTarget:
         )
         self._model = model.to(device).eval()
         ends = model.config.eos_token_id
-        self.tokenizer = hashlib.sha256((folder / "tokenizer.json").read_bytes()).digest()
+        with (folder / "tokenizer.json").open("rb") as file:
+            self.tokenizer = hashlib.file_digest(file, "sha256").digest()
         self.vocabulary = int(model.config.vocab_size)
         self.context = int(model.config.max_position_embeddings)
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
