@@ -1,5 +1,6 @@
 """The endpoint with the real openai client: a process of its own, and one here to look inside."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -452,7 +453,8 @@ def test_an_old_http_client_can_stream_too(endpoint: Endpoint) -> None:
 
 
 class Recorded(SlmSession):
-    """Remembers the answers it began, and tells when one has begun."""
+    """Remembers the answers it began, tells when one has begun, and writes at an even pace: a full
+    answer then takes seconds on any machine."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -460,7 +462,9 @@ class Recorded(SlmSession):
         self.begun = threading.Semaphore(0)
 
     def answer(self, *arguments: Any, **options: Any) -> Answer:
-        self.answers.append(super().answer(*arguments, **options))
+        answer = super().answer(*arguments, **options)
+        answer._pieces = _paced(answer._pieces)
+        self.answers.append(answer)
         self.begun.release()
         return self.answers[-1]
 
@@ -471,6 +475,14 @@ class Recorded(SlmSession):
                 return self.answers[-1].finish
             threading.Event().wait(0.01)
         raise AssertionError("the answer did not end within ten seconds")
+
+
+def _paced(pieces: Iterator[str]) -> Iterator[str]:
+    pace = threading.Event()
+    with contextlib.closing(pieces):  # type: ignore[type-var]  # a generator
+        for piece in pieces:
+            pace.wait(0.002)
+            yield piece
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from coordinator.algorithms.crosslm import shuffled_labels
+import coordinator.algorithms.crosslm as crosslm_module
 from coordinator.llm import Written
+from coordinator.synthetic import shuffled_labels
 from coordinator.twin import Twin
 from edge_sdk.errors import DataError
 from edge_sdk.train.text_task import Sequences
@@ -244,10 +245,10 @@ def test_ablations_permute_and_nothing_else(data, models, monkeypatch):
     def spy(name, **ablation):
         lab = lab_of(data, models, knobs=replace(KNOBS, rounds=1))
         honest_scores, honest_opinions = [], []
-        score, calibrate = Twin.score, Twin.calibrate
+        picked, calibrate = crosslm_module.picked, Twin.calibrate
 
-        def scored(self, texts, labels):
-            honest_scores.append(score(self, texts, labels))
+        def scored(probs, written, task):
+            honest_scores.append(picked(probs, written, task))
             return honest_scores[-1]
 
         def calibrated(self, texts):
@@ -265,7 +266,7 @@ def test_ablations_permute_and_nothing_else(data, models, monkeypatch):
             return {}
 
         with monkeypatch.context() as patched:
-            patched.setattr(Twin, "score", scored)
+            patched.setattr(crosslm_module, "picked", scored)
             patched.setattr(Twin, "calibrate", calibrated)
             patched.setattr(lab_module.Llm, "update", update)
             cross(lab, **ablation)
