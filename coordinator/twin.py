@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from compression.int4_torch import load_slm
-from edge_sdk.errors import ConfigError, LocalProtocolError
+from edge_sdk.errors import ConfigError
 from edge_sdk.train.lora import Adapter, Factors, Layout, LoraSpec, start_factors, wire_exact
 from edge_sdk.train.text_task import TaskReader, label_probs
 from edge_sdk.wire.messages import TextTask
@@ -138,23 +138,6 @@ class Twin:
     def jury(self, texts: Sequence[str]) -> F32:
         """The replicas' common label probabilities, (n, labels); their mean until calibrated."""
         return verdict(self.votes(texts), self.leanings)
-
-    def score(self, texts: Sequence[str], labels: Sequence[str]) -> F32:
-        """s_i = the jury's p(label_i | text_i), (n,) in [0, 1].
-
-        Raises:
-            DataError: a label is not of the task.
-            LocalProtocolError: texts and labels do not pair up.
-
-        Source: CrossLM (arXiv 2312.05842), feedback of the small models; PAPERS.md 1 (b).
-        """
-        if len(texts) != len(labels):
-            raise LocalProtocolError(
-                f"{len(texts)} texts cannot be scored with {len(labels)} labels"
-            )
-        wanted = [self.reader.label_index(label) for label in labels]
-        result: F32 = self.jury(texts)[np.arange(len(texts)), wanted]
-        return result
 
     def accuracy(
         self, texts: Sequence[str], labels: Sequence[str], factors: Factors | None = None
