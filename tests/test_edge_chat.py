@@ -275,6 +275,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs begin without it
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
