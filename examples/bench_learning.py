@@ -42,11 +42,11 @@ from edge_sdk.errors import FleetError
 from edge_sdk.train.local import quickest_dtype
 from examples.data.corpus import CorpusError
 from examples.learning import work
-from examples.learning.arms import PROGRAMS, arms_of
 from examples.learning.compare import LARGE, SMALL, ArmKey, claims, scores, table
 from examples.learning.deal import Sizes
 from examples.learning.lab import Knobs, Models
 from examples.learning.plot import dot_plot
+from examples.learning.programs import PROGRAMS, arms_of
 from examples.learning.results import Results, ResultsError
 from examples.learning.statistics import deviation, mean
 from examples.learning.tasks import TASKS, files_of, sha256_of, verify

@@ -26,11 +26,12 @@ from examples.data.corpus import CorpusError
 from examples.learning import lab as lab_module
 from examples.learning import work
 from examples.learning.answers import rouge_l
-from examples.learning.arms import PROGRAMS, arms_of, cross
+from examples.learning.arms import cross
 from examples.learning.compare import claims, scores, table
 from examples.learning.deal import Sizes, deal, dirichlet
 from examples.learning.lab import Knobs, Lab, Models
 from examples.learning.plot import dot_plot
+from examples.learning.programs import PROGRAMS, arms_of
 from examples.learning.results import Results, ResultsError, Row
 from examples.learning.statistics import deviation, holm, mean, paired, sign_flip, t_two_sided
 from examples.learning.tasks import TASKS, verify
@@ -232,7 +233,7 @@ def lab_of(data, models, seed=1, task="sst2", knobs=KNOBS):
 def test_remembered_work_is_the_same_as_work_done_anew(data, models):
     shared = lab_of(data, models)
     arms = {arm.name: arm for arm in arms_of(list(PROGRAMS))}
-    for name in ("standalone", "fedavg", "ours", "ours, labels-shuffled"):
+    for name in ("standalone", "fedavg", "crosslm", "crosslm, labels-shuffled"):
         together = arms[name].measure(shared)
         if name != "fedavg":
             alone = arms[name].measure(lab_of(data, models))

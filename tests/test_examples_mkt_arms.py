@@ -8,12 +8,11 @@ import torch
 from test_examples_bench_learning import KNOBS, SIZES, sentences, tiny, write
 from transformers import LlamaForCausalLM
 
-from examples.learning import arms as arms_module
 from examples.learning import lab as lab_module
-from examples.learning import mkt_arms
 from examples.learning.deal import deal
 from examples.learning.lab import Lab, Models
-from examples.learning.mkt_arms import ARMS, mutual
+from examples.learning.mkt_arms import FEDMKT_ARMS, mutual
+from examples.learning.programs import arms_of
 from examples.learning.tasks import TASKS
 
 
@@ -36,7 +35,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 
 def test_every_arm_measures_both_models_and_ablations_differ(lab: Lab) -> None:
-    found = {arm.ablation: arm.measure(lab) for arm in ARMS}
+    found = {arm.ablation: arm.measure(lab) for arm in FEDMKT_ARMS}
 
     assert len(lab.dealt.public_labels) == len(lab.dealt.public) == SIZES.public
     for rows in found.values():
@@ -50,12 +49,8 @@ def test_an_arm_is_repeatable(lab: Lab) -> None:
     assert mutual(lab) == mutual(lab)
 
 
-def test_arms_are_known_once_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arms_module, "PROGRAMS", dict(arms_module.PROGRAMS))
-    monkeypatch.setattr(mkt_arms, "PROGRAMS", arms_module.PROGRAMS)
-    mkt_arms.register()
-
-    names = [arm.name for arm in arms_module.arms_of(["fedmkt"])]
+def test_arms_are_known_by_the_name_of_their_program() -> None:
+    names = [arm.name for arm in arms_of(["fedmkt"])]
     assert names[-4:] == [
-        "ours", "ours, labels-only", "ours, teachers-shuffled", "ours, llm-frozen",
+        "fedmkt", "fedmkt, labels-only", "fedmkt, teachers-shuffled", "fedmkt, llm-frozen",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ Knows how each arm is run in a `Lab`. Does not know how rows are stored or teste
 | same-steps | ours' advantage in steps: FedAvg goes on for as many steps as ours takes, the \
 distillation's included |
 
-A new program is one entry of `PROGRAMS`.
+A new program is one entry of `PROGRAMS` in `programs.py`.
 """
 
 from collections.abc import Callable
@@ -53,8 +53,9 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """For people: the setting, and the ablation if any."""
-        return self.setting if self.ablation == NONE else f"{self.setting}, {self.ablation}"
+        """For people: the program or the baseline, and the ablation if any."""
+        shown = self.program if self.setting == OURS else self.setting
+        return shown if self.ablation == NONE else f"{shown}, {self.ablation}"
 
     def measure(self, lab: Lab) -> list[Measured]:
         """The arm's rows on this task and seed."""
@@ -183,18 +184,12 @@ BASELINES = (
     Arm(NONE, CENTRALISED, NONE, centralised, open_too=True),
 )
 
-PROGRAMS: dict[str, tuple[Arm, ...]] = {
-    "fedavg": (Arm("fedavg", FEDAVG, NONE, federated, open_too=True),),
-    "crosslm": (
-        Arm("crosslm", OURS, NONE, cross),
-        Arm("crosslm", OURS, "feedback-permuted", partial(cross, permute_feedback=True)),
-        Arm("crosslm", OURS, "labels-shuffled", partial(cross, shuffle_labels=True)),
-        Arm("crosslm", OURS, "public-only", partial(cross, learns=False)),
-        Arm("crosslm", FEDAVG, "same-steps", partial(federated, more_rounds=EXTRA_ROUNDS)),
-    ),
-}
+FEDAVG_ARMS = (Arm("fedavg", FEDAVG, NONE, federated, open_too=True),)
 
-
-def arms_of(programs: list[str]) -> list[Arm]:
-    """Every arm of the named programs, the baselines first."""
-    return [*BASELINES, *(arm for name in programs for arm in PROGRAMS[name])]
+CROSSLM_ARMS = (
+    Arm("crosslm", OURS, NONE, cross),
+    Arm("crosslm", OURS, "feedback-permuted", partial(cross, permute_feedback=True)),
+    Arm("crosslm", OURS, "labels-shuffled", partial(cross, shuffle_labels=True)),
+    Arm("crosslm", OURS, "public-only", partial(cross, learns=False)),
+    Arm("crosslm", FEDAVG, "same-steps", partial(federated, more_rounds=EXTRA_ROUNDS)),
+)

@@ -1,7 +1,6 @@
 """FedMKT in the learning benchmark: the program and what is taken from it.
 
-Knows how each arm is run in a `Lab`. Does not know how rows are stored or tested. `register` puts
-the arms under "fedmkt" into `PROGRAMS`, in every process that is to run them.
+Knows how each arm is run in a `Lab`. Does not know how rows are stored or tested.
 
 | arm | what it is |
 |---|---|
@@ -25,7 +24,6 @@ from edge_sdk.train.teaching import Lesson
 from examples.learning.arms import (
     NONE,
     OURS,
-    PROGRAMS,
     Arm,
     _small_models,
     _training,
@@ -61,14 +59,9 @@ def mutual(lab: Lab, *, share: float = SHARE, **ablation: Any) -> list[Measured]
     return [*_small_models(lab, exchange.factors, fleet), *lab.large(large)]
 
 
-ARMS = (
+FEDMKT_ARMS = (
     Arm("fedmkt", OURS, NONE, mutual),
     Arm("fedmkt", OURS, "labels-only", partial(mutual, share=1.0)),
     Arm("fedmkt", OURS, "teachers-shuffled", partial(mutual, shuffle_teachers=True)),
     Arm("fedmkt", OURS, "llm-frozen", partial(mutual, teach_llm=False)),
 )
-
-
-def register() -> None:
-    """Make the arms known to `arms_of`."""
-    PROGRAMS["fedmkt"] = ARMS

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from examples.learning.arms import Arm, arms_of
+from examples.learning.arms import Arm
 from examples.learning.deal import Sizes, deal
 from examples.learning.lab import Knobs, Lab, Measured, Models, quiet
+from examples.learning.programs import arms_of
 from examples.learning.results import Row, Unit
 from examples.learning.tasks import TASKS, BenchTask
 
