@@ -170,8 +170,9 @@ def test_two_tasks_end_to_end(bench, capsys):
             assert {"slm-a", "llm"} == {r["model"] for r in found}
     devices = {r["role"] for r in rows if r["setting"] == "standalone"}
     assert devices == {"device-0", "device-1", "device-2", "device-3", "server"}
-    ours = [r["value"] for r in rows if r["task"] == "sni" and r["setting"] == "ours"]
-    assert all(value.startswith("not applicable: crosslm") for value in ours)
+    ours = [r for r in rows if r["task"] == "sni" and r["setting"] == "ours"]
+    assert {r["program"] for r in ours} == {"crosslm", "fedmkt"}
+    assert all(r["value"].startswith(f"not applicable: {r['program']}") for r in ours)
     assert "ours better than" not in said
     assert "crosslm better than standalone, small model, sst2: does not hold" in said
     assert out.with_suffix(".svg").read_text().startswith("<svg")
