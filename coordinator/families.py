@@ -19,7 +19,7 @@ from coordinator.aggregate import Aggregate
 from coordinator.algorithms.rounds import lineage, measured, merge, tried
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.gate import Gate
-from coordinator.programs import Ask, Check, Publish, Reply, Request, TaskFor, Tell, Withdraw
+from coordinator.programs import Ask, Publish, Reply, Request, Tell, Withdraw
 from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
 from edge_sdk.train.lora import Factors
@@ -140,19 +140,21 @@ class Families:
         """The family of `device`."""
         return self._of[device]
 
-    def training(self, step: int, how: LocalTraining) -> TaskFor:
-        """Open round `step` and return each device's task."""
-        tasks = {f.name: f.exchange.start(step, f.base, how) for f in self.all}
-        return lambda device: tasks[self.of(device).name](device)
+    def training(self, step: int, how: LocalTraining, *, need: int, within_s: float) -> Ask:
+        """Open round `step`: every device's task, and its family's look at what comes back.
 
-    def check(self) -> Check:
-        """Looks at one update, as its family's exchange does."""
-        checks = {family.name: family.exchange.check() for family in self.all}
+        `need` updates complete the round; 0 means all.
+        """
+        tasks = {f.name: f.exchange.start(step, f.base, how) for f in self.all}
+        checks = {f.name: f.exchange.check() for f in self.all}
+
+        def task(device: str) -> AnyMessage:
+            return tasks[self.of(device).name](device)
 
         def check(device: str, message: AnyMessage) -> None:
             checks[self.of(device).name](device, message)
 
-        return check
+        return Ask(task, self.cohort, need or len(self.cohort), within_s, check)
 
     def merge(
         self, replies: Sequence[Reply], *, learn_codec: bool

@@ -177,13 +177,7 @@ def crosslm(
         if gains.over:
             yield Note({"stopped": f"no gain in {gains.waited} rounds"})
             return
-        training = Ask(
-            fleet.training(step, cfg.training),
-            fleet.cohort,
-            need=cfg.need or len(fleet.cohort),
-            within_s=cfg.within_s,
-            check=fleet.check(),
-        )
+        training = fleet.training(step, cfg.training, need=cfg.need, within_s=cfg.within_s)
         replies = yield from patiently(training, cfg.retries)  # line 2
         with stage("aggregate"):
             merged = yield from fleet.merge(replies, learn_codec=cfg.learn_codec)  # line 3

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from coordinator.algorithms.rounds import gathered, mean_accuracy, patiently
+from coordinator.algorithms.rounds import gathered, mean_accuracy, patiently, told
 from coordinator.bank import Bank
 from coordinator.exchange import LocalTraining
 from coordinator.families import Families, Family
@@ -152,13 +152,7 @@ def fedmkt(
         if rise.over:
             yield Note({"stopped": f"no gain on held-out texts in {rise.waited} rounds"})
             return
-        training = Ask(
-            fleet.training(step, cfg.training),
-            fleet.cohort,
-            need=cfg.need or len(fleet.cohort),
-            within_s=cfg.within_s,
-            check=fleet.check(),
-        )
+        training = fleet.training(step, cfg.training, need=cfg.need, within_s=cfg.within_s)
         replies = yield from patiently(training, cfg.retries)  # line 2
         with stage("aggregate"):
             merged = yield from fleet.merge(replies, learn_codec=cfg.learn_codec)
@@ -209,12 +203,10 @@ def fedmkt(
         if fault:
             fleet.undo(before)
             figures = school.held_out_bits(fleet)
-            said["rolled_back"] = fault
         rise.keep(figures)
         said |= {f"bits_{name}": round(bits, 4) for name, bits in figures.items() if bits}
         said |= measure() if measure is not None else {}
-        if merged.outliers:
-            said["left_out"] = merged.outliers
+        said |= told(merged.outliers, fault)
         yield Note(said)
         before = held("discarded" if fault else "kept")
         yield Commit(step, before)
