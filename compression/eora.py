@@ -203,11 +203,6 @@ def _sizes(name: str, adapters: Sequence[Mapping[str, F32]]) -> tuple[int, int]:
 # ---- federation: what travels instead of C, which is in * in numbers
 
 
-def moment_bytes(widths: Iterable[int], *, columns: int = 0) -> int:
-    """Float32 bytes of half of every symmetric C of these widths, or of sketches of `columns`."""
-    return sum(4 * (w * columns if columns else w * (w + 1) // 2) for w in widths)
-
-
 def probe(name: str, width: int, columns: int, *, seed: int) -> F64:
     """Omega (width, columns): the same orthonormal random directions on every machine."""
     rng = np.random.default_rng([seed, *name.encode()])
