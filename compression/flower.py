@@ -62,6 +62,7 @@ class CodedStrategy(Strategy):  # type: ignore[misc]  # flwr is not typed for my
     def __init__(self, strategy: Strategy, *, ratio: float = RATIO) -> None:
         self._inner, self._ratio = strategy, ratio
         self._start: dict[str, npt.NDArray[Any]] = {}
+        self._codec: Compressor | None = None
         self.bytes_up = self.bytes_plain = 0
 
     def configure_train(
@@ -69,20 +70,24 @@ class CodedStrategy(Strategy):  # type: ignore[misc]  # flwr is not typed for my
     ) -> Iterable[Message]:
         """As the strategy's; what was sent is what changes are added to."""
         self._start = {name: array.numpy() for name, array in arrays.items()}
+        self._codec = _codec(self._start, self._ratio)
         found: Iterable[Message] = self._inner.configure_train(server_round, arrays, config, grid)
         return found
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the strategy's, of replies whose codes could be read; others count as failed."""
-        sound = []
+        """As the strategy's, of decoded replies.
+
+        Raises:
+            CodecError: codes that cannot be read, or of other arrays than those sent.
+        """
+        replies = list(replies)
         for reply in replies:
             if not reply.has_error():
                 self._decode(reply)
-            sound.append(reply)
         found: tuple[ArrayRecord | None, MetricRecord | None]
-        found = self._inner.aggregate_train(server_round, sound)
+        found = self._inner.aggregate_train(server_round, replies)
         return found
 
     def configure_evaluate(
@@ -109,10 +114,10 @@ class CodedStrategy(Strategy):  # type: ignore[misc]  # flwr is not typed for my
             if not key.startswith(CODES + "."):
                 continue
             name, data = key.removeprefix(CODES + "."), bytes(record["codes"])
-            codec = _codec(self._start, self._ratio)
-            change = codec.decode(data)
+            assert self._codec is not None, "replies come after a round was configured"
+            change = self._codec.decode(data)
             self.bytes_up += len(data)
-            self.bytes_plain += codec.raw_bytes
+            self.bytes_plain += self._codec.raw_bytes
             arrays = reply.content.array_records[name]
             for each, start in self._start.items():
                 if each in change:
