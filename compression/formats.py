@@ -1,0 +1,40 @@
+"""Which formats this version reads, as words that a device says and a coordinator understands.
+
+Knows version numbers. Does not know what the formats hold; imports nothing, so that a device that
+cannot train says so cheaply.
+
+A device says `words()` when it enrols and with each report on a model. A coordinator asks each
+device for the newest codec that both know; a device that says nothing reads codec format 1 and
+whole adapters, as the first version did.
+"""
+
+from collections.abc import Collection
+
+CODEC_FORMATS = (1,)
+"""Formats of codec files (`codec_file.py`) that are read here, oldest first."""
+
+DELTA_FORMATS = (1,)
+"""Formats of an adapter's change on its way down (`downlink.py`) that are read here."""
+
+_CODEC, _DELTA = "codec.", "delta."
+
+
+def words() -> tuple[str, ...]:
+    """What this version reads, for example ("codec.1", "delta.1")."""
+    codecs = [f"{_CODEC}{number}" for number in CODEC_FORMATS]
+    return (*codecs, *(f"{_DELTA}{number}" for number in DELTA_FORMATS))
+
+
+def codec_formats(said: Collection[str]) -> frozenset[int]:
+    """The codec formats in a device's words; {1} where it names none. Unknown words are skipped."""
+    return _numbers(said, _CODEC) or frozenset({1})
+
+
+def reads_deltas(said: Collection[str]) -> bool:
+    """Whether a device takes an adapter as its difference from one that it holds."""
+    return bool(_numbers(said, _DELTA) & frozenset(DELTA_FORMATS))
+
+
+def _numbers(said: Collection[str], prefix: str) -> frozenset[int]:
+    found = (word.removeprefix(prefix) for word in said if word.startswith(prefix))
+    return frozenset(int(number) for number in found if number.isascii() and number.isdigit())
