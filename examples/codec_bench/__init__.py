@@ -1,0 +1,1 @@
+"""The codec benchmark: kinds of work, methods, runs and results. `bench_codec.py` is its door."""
