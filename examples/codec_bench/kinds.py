@@ -12,6 +12,7 @@ Layers below the adapted ones keep their weights; nothing is cut off the models.
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,8 @@ from edge_sdk.train.local import quickest_dtype
 from edge_sdk.train.lora import start_factors
 from examples.codec_bench.fleet import CLIENTS, F32, Leaves, Settings, Task
 from examples.codec_bench.models import Decoder, Encoder
-from examples.learning.tasks import TASKS, files_of, rows_of
+from examples.data.corpus import CorpusError
+from examples.learning.tasks import TASKS, files_of, rows_of, sha256_of, verify
 from examples.models import materialize
 
 LM = Settings(
@@ -45,15 +47,15 @@ FILES = {"lm": "agnews", "large": "agnews", "encoder": "trec"}
 class LanguageWork:
     """Next-token loss of slm-b on AG News, a topic a client."""
 
-    def __init__(self, name: str, data: Path, settings: Settings) -> None:
+    def __init__(self, name: str, data: Path, settings: Settings, verified: bool) -> None:
         folder = materialize("slm-b")
         self.name, self.settings, self.dtype = name, settings, quickest_dtype()
         self._model = Decoder(folder, adapted=settings.adapted, dtype=self.dtype)
         self.shapes = self._model.adapter_shapes(settings.rank)
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         task = TASKS["agnews"]
-        topics = [_of_label(data, task.train, label) for label in task.labels]
-        held = [_of_label(data, task.test, label) for label in task.labels]
+        topics = [_of_label(rows_of(data, task.train, verified), label) for label in task.labels]
+        held = [_of_label(rows_of(data, task.test, verified), label) for label in task.labels]
         sides = CLIENTS // len(topics)  # clients of one topic
         ids = torch.cat(
             [
@@ -96,7 +98,7 @@ class LanguageWork:
 class LabelWork:
     """Cross-entropy of slm-c with its head on TREC, labels skewed."""
 
-    def __init__(self, name: str, data: Path, settings: Settings) -> None:
+    def __init__(self, name: str, data: Path, settings: Settings, verified: bool) -> None:
         folder = materialize("slm-c")
         self.name, self.settings, self.dtype = name, settings, quickest_dtype()
         self._model = Encoder(folder, adapted=settings.adapted, dtype=self.dtype)
@@ -108,8 +110,8 @@ class LabelWork:
             "classifier.bias": (len(self._labels),),
         }
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self._train = self._read(rows_of(data, task.train), tokenizer)
-        self._held = self._read(rows_of(data, task.test)[: settings.held_out], tokenizer)
+        self._train = self._read(rows_of(data, task.train, verified), tokenizer)
+        self._held = self._read(rows_of(data, task.test, verified)[: settings.held_out], tokenizer)
 
     def initial(self, seed: int) -> dict[str, F32]:
         """The product's zero adapter, the pretrained dense layer, a classifier of zeros."""
@@ -155,7 +157,7 @@ class LabelWork:
         )
 
     def _read(
-        self, rows: Sequence[dict[str, object]], tokenizer: Tokenizer
+        self, rows: Sequence[dict[str, Any]], tokenizer: Tokenizer
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         read = [found for row in rows if (found := TASKS["trec"].read(row)) is not None]
         tokenizer.enable_truncation(self.settings.tokens)
@@ -167,7 +169,7 @@ class LabelWork:
         return self._model.below(ids, mask), mask, labels
 
 
-KINDS: dict[str, tuple[Callable[[str, Path, Settings], Task], Settings]] = {
+KINDS: dict[str, tuple[Callable[[str, Path, Settings, bool], Task], Settings]] = {
     "lm": (LanguageWork, LM),
     "encoder": (LabelWork, ENCODER),
     "large": (LanguageWork, LARGE),
@@ -175,7 +177,7 @@ KINDS: dict[str, tuple[Callable[[str, Path, Settings], Task], Settings]] = {
 
 
 @cache
-def open_task(name: str, data: Path) -> Task:
+def open_task(name: str, data: Path, verified: bool = True) -> Task:
     """The named kind of work, made once in a process.
 
     Raises:
@@ -183,13 +185,22 @@ def open_task(name: str, data: Path) -> Task:
         ModelError: a reference model is damaged.
     """
     kind, settings = KINDS[name]
-    return kind(name, data, settings)
+    return kind(name, data, settings, verified)
 
 
-def files_read(names: Sequence[str]) -> dict[str, str]:
-    """Path and sha256 of every file that these kinds of work read."""
-    found = files_of(sorted({FILES[name] for name in names}))
-    return {path: file.sha256 for path, file in found.items()}
+def files_read(name: str, data: Path, verified: bool = True) -> dict[str, str]:
+    """Path and sha256 of every file that this kind of work reads; not looked at when `verified`."""
+    found = files_of([FILES[name]])
+    return {p: f.sha256 if verified else sha256_of(data, f) for p, f in found.items()}
+
+
+def check_files(names: Sequence[str], data: Path, verified: bool = True) -> None:
+    """Look at every file that these kinds of work read.
+
+    Raises:
+        CorpusError: names all files that are missing or altered.
+    """
+    verify(data, sorted({FILES[name] for name in names}), verified=verified)
 
 
 def _adapter(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, F32]:
@@ -198,8 +209,7 @@ def _adapter(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, F32]:
     return start_factors(factors, seed) | rest
 
 
-def _of_label(data: Path, file: object, label: str) -> list[str]:
-    rows = rows_of(data, file)  # type: ignore[arg-type]
+def _of_label(rows: Sequence[dict[str, Any]], label: str) -> list[str]:
     return [" ".join(str(row["text"]).split()) for row in rows if str(row["label"]) == label]
 
 
@@ -211,5 +221,5 @@ def _windows(texts: Sequence[str], tokenizer: Tokenizer, tokens: int, most: int)
         if len(ids) >= most * (tokens + 1):
             break
     if len(ids) < most * (tokens + 1):
-        raise ValueError(f"{len(ids)} tokens are too few for {most} windows of {tokens + 1}")
+        raise CorpusError(f"{len(ids)} tokens are too few for {most} windows of {tokens + 1}")
     return torch.tensor(ids[: most * (tokens + 1)]).view(most, tokens + 1)

@@ -76,7 +76,7 @@ def _qsgd(plan: Plan) -> Session:
 
     def tuned(values: F32) -> Baseline:
         rng = np.random.default_rng(plan.seed)
-        coarse = [Qsgd(1, 2**k) for k in range(20, 8, -1)]
+        coarse = [Qsgd(1, 2**k) for k in range(values.size.bit_length(), 8, -1)]
         fine = [Qsgd(round(2 ** (k / 2)), 512) for k in range(1, 16)]
         best: Baseline = coarse[0]
         for one in [*coarse, *fine]:  # from few bytes to many

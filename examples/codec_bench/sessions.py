@@ -75,7 +75,8 @@ class Session(Protocol):
     def decode(self, client: int, round_: int, data: bytes) -> Update:
         """The coordinator's reading of `data`: equal to what `encode` returned, bit for bit.
 
-        Called once after each `encode`, before the round's next client.
+        Asked right after `encode` for one client of each round, to time and check it; so it must
+        change nothing. What the coordinator keeps changes in `end_round`.
         """
 
     def end_round(self, mean: Update) -> None:
