@@ -21,7 +21,7 @@ from compression import codec_file
 from compression.basis import Basis, learn
 from compression.blocks import F32, Layout, Tensors
 from compression.coder import Coder, Draft, EncoderSession
-from compression.errors import CodecError
+from compression.errors import CodecError, TooFewBytes
 from compression.feedback import FeedbackState
 from compression.header import Header, Method, decode_header, header_bytes
 
@@ -115,8 +115,8 @@ class Compressor:
         the graph of `encoder_onnx`; without it numpy does the same. An error leaves `state` alone.
 
         Raises:
-            CodecError: other tensors than the layout's, values that are not finite, or a target
-                below what the headers alone take.
+            TooFewBytes: a target below what the headers alone take.
+            CodecError: other tensors than the layout's, or values that are not finite.
         """
         state = state if state is not None else FeedbackState()
         wanted = state.add_to(self.layout.pack(update), self.layout)  # float64
@@ -125,7 +125,7 @@ class Compressor:
         else:
             draft = self._coder.encode(wanted, bytes_target or self._allowance, session)
         if bytes_target and len(draft.data) > bytes_target:
-            raise CodecError(
+            raise TooFewBytes(
                 f"a target of {bytes_target} bytes is too low: {len(draft.data)} are the least"
             )
         if self.method is not Method.IDENTITY or not state.empty:
@@ -154,6 +154,20 @@ class Compressor:
         return self.layout.unpack(self._coder.decode(header, body))
 
     # --- identity and files -------------------------------------------------------------------
+
+    @property
+    def format(self) -> int:
+        """Of its file and codes; one of `compression.formats.CODEC_FORMATS`."""
+        return codec_file.FORMAT
+
+    @staticmethod
+    def method_of(data: bytes) -> str:
+        """What made the codes, by their header: "identity", "dead-zone" or "learned".
+
+        Raises:
+            CodecError: the header is damaged.
+        """
+        return _METHOD_NAMES[decode_header(data)[0].method]
 
     @property
     def max_bytes(self) -> int:

@@ -13,6 +13,7 @@ from compression import tensor_file
 from compression.basis import F16, Basis
 from compression.blocks import KINDS, MAX_TENSORS, Layout
 from compression.errors import CodecError
+from compression.formats import CODEC_FORMATS
 
 FILE_NAME = "codec.safetensors"
 FORMAT = 1
@@ -54,8 +55,12 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
     try:
         tensors, metadata = tensor_file.read(data)
         record = json.loads(metadata["codec"])
-        if record["format"] != FORMAT:
-            raise CodecError(f"codec format {record['format']!r}; this version reads {FORMAT}")
+        if record["format"] not in CODEC_FORMATS:
+            raise CodecError(
+                f"codec format {record['format']!r}; this version reads "
+                f"{', '.join(map(str, CODEC_FORMATS))}; upgrade Symbiont here, or ask for codes of "
+                "one of these"
+            )
         names, shapes = tuple(record["names"]), tuple(tuple(shape) for shape in record["shapes"])
         method, ratio, block = record["method"], record["ratio"], record["block"]
     except (KeyError, TypeError, ValueError, RecursionError) as exc:

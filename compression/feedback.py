@@ -60,6 +60,14 @@ class FeedbackState:
         """Remember this residual (rows, block)."""
         self._residual, self._layout = residual, layout.hash
 
+    def owe(self, blocks: npt.NDArray[Any], layout: Layout) -> None:
+        """Add blocks (rows, block) of which nothing could be sent: all of them come later.
+
+        Raises:
+            CodecError: the residual belongs to an adapter of another layout.
+        """
+        self.keep(self.add_to(blocks, layout), layout)
+
     def tensors(self, layout: Layout) -> dict[str, F64]:
         """The residual by tensor name, float64; zeros when empty."""
         blocks = self.add_to(np.zeros((layout.rows, layout.block)), layout)
