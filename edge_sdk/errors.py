@@ -18,6 +18,7 @@ FleetError
 +-- QuorumMissed             too few useful replies before the deadline; retry, skip or stop
 +-- ExportError              the exported model does not agree with the trained one
 +-- RuntimeFailure           a request the device's model cannot serve
+    +-- Lacking                it could with what the sender has; the attribute says what
 """
 
 
@@ -86,7 +87,11 @@ class DigestError(TrustError):
 
 
 class QuorumMissed(FleetError):  # noqa: N818 - named as the event it is, not as a fault
-    """Fewer than the needed replies arrived before the deadline."""
+    """Fewer than the needed replies arrived before the deadline; `answered` are who did answer."""
+
+    def __init__(self, message: str, answered: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.answered = answered
 
 
 class ExportError(FleetError):
@@ -95,3 +100,15 @@ class ExportError(FleetError):
 
 class RuntimeFailure(FleetError):  # noqa: N818 - RuntimeError is taken by the language
     """A request the device's model cannot serve; the session stays usable."""
+
+
+class Lacking(RuntimeFailure):
+    """A task needs what this device does not hold; asked again with it, the device can do it.
+
+    Attributes:
+        lacks: words of `Refused.lacks`.
+    """
+
+    def __init__(self, message: str, *lacks: str) -> None:
+        super().__init__(message)
+        self.lacks = lacks

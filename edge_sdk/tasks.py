@@ -96,7 +96,7 @@ class TaskDesk:
             StorageError: this machine's disk refused, or training is put off (Postponed); the
                 message should be tried again later.
         """
-        task_id = getattr(message, "task_id", "")
+        task_id, lacks = getattr(message, "task_id", ""), ()
         self._tell({"event": "task", "kind": type(message).__name__, "task": task_id})
         try:
             return self._carry_out(message, now)
@@ -107,13 +107,14 @@ class TaskDesk:
             reason = "this device's examples do not serve the task; its own log says why"
         except FleetError as exc:
             reason = self._without_paths(str(exc))
+            lacks = getattr(exc, "lacks", ())
         except (MemoryError, RuntimeError) as exc:
             # torch reports exhausted memory as a RuntimeError; its text may quote tensors.
             logger.exception("task %s failed", task_id)
             reason = f"the task failed on this device ({type(exc).__name__}); its own log says why"
         self._tell({"event": "refused", "task": task_id, "reason": reason})
         forget = {OFFER: b""} if isinstance(message, OfferModel | File) else {}
-        return Handled((Refused(task_id, reason[:65_536]),), forget)
+        return Handled((Refused(task_id, reason[:65_536], lacks),), forget)
 
     def _carry_out(self, message: AnyMessage, now: datetime) -> Handled:
         match message:

@@ -45,6 +45,12 @@ Certificate = Annotated[bytes, Meta(max_length=16_384)]
 """A certificate and its authority (PEM); empty for none."""
 
 
+Digest = Annotated[bytes, Meta(max_length=32)]
+"""SHA-256 of something; empty for none."""
+Abilities = Annotated[tuple[Word, ...], Meta(max_length=64)]
+"""What a side reads or lacks, in words that the other may not know and then skips."""
+
+
 class TextTask(Struct, frozen=True, forbid_unknown_fields=True):
     """A labelled-text task as prompts, so that any language model can do, learn and generate it.
 
@@ -67,11 +73,22 @@ class Message(Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 # --- tasks, coordinator -> device -------------------------------------------------------------
 
 
-class TrainAdapter(Message, frozen=True):
+class AdapterDelta(Struct, frozen=True, forbid_unknown_fields=True):
+    """One step from an adapter to the next: the digest of the former, and the coded difference."""
+
+    base: Digest
+    codes: bytes
+
+
+# Fields with defaults below are left out where they hold them, so that a device of an earlier
+# version reads what is meant for it.
+class TrainAdapter(Message, frozen=True, omit_defaults=True):
     """Train LoRA on your own examples, starting from this adapter; reply AdapterUpdate.
 
     `adapter` is a safetensors blob of float16 factors (empty: the zero adapter drawn from
-    `adapter_seed`). `codec` is a codec file (`Compressor.to_bytes`), or empty when the device
+    `adapter_seed`). With a `digest` (`compression.downlink.digest_of`) the start is the adapter of
+    that digest, however the device comes by it: as `adapter`, as one it holds or draws, or by
+    `deltas` from one of these. `codec` is a codec file (`Compressor.to_bytes`), or empty when the device
     already holds the codec named `codec_id`. `bytes_target` is the allowance for the encoded
     update, 0 for none. `synthetic_weight` is mu of PAPERS.md 1.
     """
@@ -93,6 +110,8 @@ class TrainAdapter(Message, frozen=True):
     synthetic_weight: Annotated[float, Meta(ge=0, le=10)]
     bytes_target: Count
     seed: Count
+    digest: Digest = b""
+    deltas: Annotated[tuple[AdapterDelta, ...], Meta(max_length=4096)] = ()
 
 
 class Score(Message, frozen=True):
@@ -147,8 +166,11 @@ class OfferData(Message, frozen=True):
 # --- replies, device -> coordinator -----------------------------------------------------------
 
 
-class AdapterUpdate(Message, frozen=True):
-    """The encoded change of the adapter. Carries no text, no label counts, no example."""
+class AdapterUpdate(Message, frozen=True, omit_defaults=True):
+    """The encoded change of the adapter. Carries no text, no label counts, no example.
+
+    `holds` is the digest of the adapter that the training began with and that is still held here.
+    """
 
     task_id: Name
     round: Count
@@ -160,6 +182,7 @@ class AdapterUpdate(Message, frozen=True):
     cosine: Annotated[float, Meta(ge=-1.0, le=1.0)]
     seconds: Stages
     peak_mb: float
+    holds: Digest = b""
 
 
 class Scores(Message, frozen=True):
@@ -210,8 +233,11 @@ class File(Message, frozen=True):
     size: Count = 0
 
 
-class ModelReport(Message, frozen=True):
-    """How the model that now runs on this device does, on the device's own held-out text."""
+class ModelReport(Message, frozen=True, omit_defaults=True):
+    """How the model that now runs on this device does, on the device's own held-out text.
+
+    `reads` are this version's formats (`compression/formats.py`), which change with its software.
+    """
 
     task_id: Name
     release: Name
@@ -220,13 +246,19 @@ class ModelReport(Message, frozen=True):
     tokens_per_s: float
     peak_mb: float
     seconds: Stages
+    reads: Abilities = ()
 
 
-class Refused(Message, frozen=True):
-    """A task this device will not or cannot do, and why, in one sentence."""
+class Refused(Message, frozen=True, omit_defaults=True):
+    """A task this device will not or cannot do, and why, in one sentence.
+
+    `lacks` says what would help: "adapter" or "codec" (send the task again with a whole one), or
+    "allowance" (nothing does: what was learned is owed and comes with a later update).
+    """
 
     task_id: Name
     reason: Text
+    lacks: Abilities = ()
 
 
 # --- speculation, device -> coordinator and back, at once or not at all --------------------------
@@ -267,8 +299,11 @@ class Verified(Message, frozen=True):
 # --- enrolment --------------------------------------------------------------------------------
 
 
-class Enrol(Message, frozen=True):
-    """A device's public keys together with the one-time secret that vouches for them."""
+class Enrol(Message, frozen=True, omit_defaults=True):
+    """A device's public keys together with the one-time secret that vouches for them.
+
+    `reads` are the formats it knows (`compression/formats.py`); none said: those of version 1.
+    """
 
     token_id: Name
     secret: bytes
@@ -279,6 +314,7 @@ class Enrol(Message, frozen=True):
     memory_mb: Count
     csr: Csr = b""
     hybrid_key: HybridKey = b""
+    reads: Abilities = ()
 
 
 class Enrolled(Message, frozen=True):
