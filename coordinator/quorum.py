@@ -38,12 +38,17 @@ class Quorum:
         self._run, self._kind = first.run, first.kind
         limit = ask.max_staleness
         self._limit = late_limit(self._kind) if limit is None else limit
-        self._count = 0
+        self._answered: frozenset[str] = frozenset()
 
     @property
     def found(self) -> str:
         """Say how many of how many replies are there."""
-        return f"{self._count} of {self.ask.need} useful replies to {self._kind}"
+        return f"{len(self._answered)} of {self.ask.need} useful replies to {self._kind}"
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The devices whose replies those are, in order."""
+        return tuple(sorted(self._answered))
 
     def met(self, used: frozenset[int]) -> Taken | None:
         """Return the replies if they suffice, sorted by device, or None to go on waiting.
@@ -57,13 +62,14 @@ class Quorum:
         late = _once(fresh, late)
         # With need = everyone the round is synchronous: a late reply stands for nobody else's.
         pool = fresh if self.ask.need == len(self._rows) else fresh + late
-        self._count = len({waiting.row.device for waiting, _ in pool})
-        if self._count >= self.ask.need:
+        self._answered = frozenset(waiting.row.device for waiting, _ in pool)
+        if len(self._answered) >= self.ask.need:
             return sorted(fresh + late, key=lambda pair: (pair[0].row.device, pair[0].letter))
         if {waiting.row.device for waiting, _ in fresh} | self._lost() >= self._rows.keys():
             raise QuorumMissed(
                 f"{self.found}: every device answered, the others refused; "
-                "retry, skip the step or ask others"
+                "retry, skip the step or ask others",
+                self.answered,
             )
         return None
 

@@ -306,7 +306,8 @@ class Runner:
                 if left_s <= 0:
                     raise QuorumMissed(
                         f"{quorum.found} and no progress for {quorum.ask.within_s:.0f} s; "
-                        "retry, skip the step or ask others"
+                        "retry, skip the step or ask others",
+                        quorum.answered,
                     )
                 self._inbox.changed.wait(left_s)
         raise Stopped("the coordinator is closing")

@@ -45,13 +45,19 @@ def measured(request: Ask) -> Generator[Request, Any, tuple[Reply, ...]]:
 
 
 def gathered(request: Ask) -> Generator[Request, Any, tuple[Reply, ...]]:
-    """Ask; where some refuse or stay silent, go on with those that did answer, or with none."""
+    """Ask; where some refuse or stay silent, go on with those that did answer, or with none.
+
+    Nobody is asked a second time: the answers that came are taken up by asking only their senders.
+    """
     try:
         replies: tuple[Reply, ...] = yield request
         return replies
     except QuorumMissed as exc:
         yield Note({"quorum_missed": str(exc)})
-    return (yield from measured(replace(request, need=1)))
+        here = exc.answered
+    if not here:
+        return ()
+    return (yield from measured(replace(request, to=here, need=len(here))))
 
 
 def merge(
