@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=JOBS, help=f"processes, of one thread each; default: {JOBS}")
     add("--out", type=Path, help="the CSV; default: examples/results/codec.csv")
     add("--quick", action="store_true", help=f"one seed, {QUICK_ROUNDS} rounds, no large adapter")
-    add("--redo", action="store_true", help="measure again what is there")
+    add("--redo", action="store_true", help="measure the named methods again")
     add("--report", action="store_true", help="only print and draw what is there")
     args = parser.parse_args(argv)
     works = [name for name in kinds.KINDS if name != "large"] if args.quick else list(kinds.KINDS)
@@ -83,7 +83,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.seeds = args.seeds or list(SEEDS[:1] if args.quick else SEEDS)
     args.ratios = args.ratios or list((30, 300) if args.quick else RATIOS)
     args.rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
-    args.out = args.out or ROOT / "results" / ("codec-quick.csv" if args.quick else "codec.csv")
+    name = "codec" if args.rounds == ROUNDS else f"codec-{args.rounds}-rounds"
+    args.out = args.out or ROOT / "results" / (f"{name}-quick.csv" if args.quick else f"{name}.csv")
     return args
 
 
@@ -134,7 +135,8 @@ def units(args: argparse.Namespace) -> Iterator[Unit]:
 def measure(results: Results, args: argparse.Namespace) -> None:
     """Run what is missing: the uncompressed runs first, for all others are shares of them."""
     wanted = list(units(args))
-    todo = [unit for unit in wanted if args.redo or unit not in results.rows]
+    again = args.methods if args.redo else ()
+    todo = [unit for unit in wanted if unit[2] in again or unit not in results.rows]
     kinds.check_files(sorted({unit[0] for unit in todo}), args.data, not args.unverified)
     began, done = time.monotonic(), 0
     for first in (True, False):
@@ -159,8 +161,12 @@ def _all(part: list[Unit], args: argparse.Namespace) -> Iterator[tuple[Unit, run
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         rest = (args.data, args.rounds, not args.unverified)
         work = {pool.submit(run, unit, *rest): unit for unit in part}
-        for future in as_completed(work):
-            yield work[future], future.result()
+        try:
+            for future in as_completed(work):
+                yield work[future], future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run(unit: Unit, data: Path, rounds: int, verified: bool) -> runs.Measured:
@@ -233,7 +239,7 @@ def report(results: Results, args: argparse.Namespace) -> None:
     }
     names = list(METHODS)
     print("\n" + tables.table(rows, args.works, names))
-    for line in tables.codec_files(rows):
+    for line in [*tables.goals(rows, args.works), *tables.codec_files(rows)]:
         print(line)
     facts = results.facts
     held = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())

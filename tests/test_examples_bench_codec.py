@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from transformers import (
     ModernBertConfig,
     ModernBertForMaskedLM,
@@ -124,14 +125,24 @@ def test_decoder_is_transformers_qwen3_for_each_client(tmp_path):
     folder = saved(theirs, tmp_path)
     ours = Decoder(folder, adapted=2, dtype=torch.float32)
     leaves = factors(ours, clients=2)
-    ids = torch.randint(0, 50, (4, 7))
+    B = leaves["model.layers.2.mlp.up_proj.lora_B"].requires_grad_()
+    ids, targets = torch.randint(0, 50, (2, 4, 7))
 
-    found = ours.logits(ours.below(ids), leaves)
+    found = ours.token_losses(ours.below(ids), targets, leaves).view(4, 7)
+    found.sum().backward()
 
+    leaves = {name: leaf.detach() for name, leaf in leaves.items()}
     for client in range(2):
         rows = slice(2 * client, 2 * client + 2)
-        wanted = merged(Qwen3ForCausalLM.from_pretrained(folder), leaves, client)(ids[rows]).logits
-        torch.testing.assert_close(found[rows], wanted, atol=1e-4, rtol=1e-3)
+        model = merged(Qwen3ForCausalLM.from_pretrained(folder), leaves, client)
+        logits = model(ids[rows]).logits
+        wanted = functional.cross_entropy(logits.transpose(1, 2), targets[rows], reduction="none")
+        torch.testing.assert_close(found.detach()[rows], wanted.detach(), atol=1e-4, rtol=1e-3)
+        wanted.sum().backward()
+        weight = model.get_parameter("model.layers.2.mlp.up_proj.weight").grad
+        A = leaves["model.layers.2.mlp.up_proj.lora_A"][client]
+        # y = (W + 2 B A) x, so the gradient of B is that of W times 2 A'.
+        torch.testing.assert_close(B.grad[client], 2 * weight @ A.T, atol=1e-3, rtol=1e-3)
 
 
 def test_encoder_is_transformers_modernbert_for_each_client(tmp_path):

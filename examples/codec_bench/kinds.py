@@ -32,7 +32,7 @@ LM = Settings(
     rank=8, adapted=3, tokens=32, steps=10, batch=4, lr=2e-3, rows=800, held_out=48
 )  # fmt: skip
 LARGE = Settings(
-    rank=64, adapted=4, tokens=32, steps=10, batch=4, lr=5e-4, rows=800, held_out=48
+    rank=64, adapted=4, tokens=32, steps=10, batch=2, lr=5e-4, rows=800, held_out=48
 )  # fmt: skip
 ENCODER = Settings(
     rank=8, adapted=3, tokens=24, steps=10, batch=4, lr=1e-3, rows=400, held_out=480
@@ -89,10 +89,7 @@ class LanguageWork:
         return float(self._loss(leaves, self._held_states, self._held).mean())
 
     def _loss(self, leaves: Leaves, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        logits = self._model.logits(states, leaves)
-        return functional.cross_entropy(
-            logits.view(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1), reduction="none"
-        )
+        return self._model.token_losses(states, ids[:, 1:], leaves)
 
 
 class LabelWork:

@@ -16,6 +16,9 @@ from examples.codec_bench.results import Row, Unit
 OURS = "symbiont"
 """Our methods' names begin with this."""
 
+GOALS = {100: 0.99, 300: 0.95, 1000: 0.85}
+"""Times fewer bytes -> progress that ours is to keep."""
+
 Point = tuple[float, float]
 """Times fewer bytes, progress kept."""
 
@@ -113,6 +116,22 @@ def _reference(rows: Mapping[Unit, Row], work: str) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def goals(rows: Mapping[Unit, Row], works: Sequence[str]) -> list[str]:
+    """Ours beside what was aimed at."""
+    lines = []
+    for work in works:
+        found = curves(rows, work)
+        for name in ours_of(found):
+            for ratio, goal in GOALS.items():
+                kept = at(found[name], ratio)
+                if kept is not None:
+                    lines.append(
+                        f"{work}, {name} at {ratio} times fewer bytes: kept {100 * kept:.1f} %, "
+                        f"goal {100 * goal:.0f} % {'met' if kept >= goal else 'missed'}"
+                    )
+    return lines
 
 
 def codec_files(rows: Mapping[Unit, Row]) -> list[str]:
