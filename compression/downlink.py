@@ -216,8 +216,8 @@ class Chain:
         return data
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Chain":
-        """What `to_bytes` wrote.
+    def from_bytes(cls, data: bytes, *, ratio: float | None = None) -> "Chain":
+        """What `to_bytes` wrote, with another `ratio` from now on if one is given.
 
         Raises:
             CodecError: the bytes are none.
@@ -225,7 +225,7 @@ class Chain:
         tensors, metadata = tensor_file.read(data)
         try:
             record = json.loads(metadata["chain"])
-            chain = cls(_part(tensors, "base."), ratio=record["ratio"])
+            chain = cls(_part(tensors, "base."), ratio=ratio or record["ratio"])
             chain.tensors, chain._owed = _part(tensors, "made."), _part(tensors, "owed.")
             bases = [bytes.fromhex(base) for base in record["bases"]]
             codes = [tensors[f"codes.{number}"].tobytes() for number in range(len(bases) + 1)]

@@ -4,11 +4,12 @@ Knows adapters, codecs by id and the `TrainAdapter`/`AdapterUpdate` pair. Does n
 travel, what the task is, or which algorithm asks.
 
 One `AdapterExchange` is the state that every federated-adapter program shares. It is rebuilt from
-the bytes of its last `state()`.
+the bytes of its last `state()`. With a `down_ratio` the adapter goes down as a coded difference
+(`broadcast.py`); what the coordinator then works with is what devices decode, never the original.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +17,8 @@ import msgspec
 from compression.blocks import Layout as BlockLayout
 from compression.codec import Compressor
 from compression.errors import CodecError
+from compression.formats import codec_formats, reads_deltas
+from coordinator.abilities import About, nothing_known
 from coordinator.aggregate import (
     Aggregate,
     Contribution,
@@ -23,6 +26,7 @@ from coordinator.aggregate import (
     change_norm,
     check_factors,
 )
+from coordinator.broadcast import Broadcast, Carried
 from coordinator.programs import LATE_STEPS, Check, Reply, TaskFor
 from coordinator.robust import Rule
 from edge_sdk.errors import RemoteProtocolError
@@ -66,26 +70,48 @@ class _Held(msgspec.Struct):
     holders: dict[str, list[str]]
     globals: dict[int, bytes]
     replicas: dict[str, bytes]
+    broadcast: bytes = b""
+    aged: bool = False
+    fallbacks: dict[str, tuple[int, int]] = {}
 
 
 class AdapterExchange:
     """Global factors, past global factors, codecs, and the newest factors of each device.
 
     Attributes:
-        factors: the present global factors, exactly as float16 carries them.
+        factors: the present global factors, exactly as devices will read them.
         replicas: device id -> start + decoded update, the newest of each device.
+        aged: in the last round most updates of the learned codec fell back to the dead zone.
+        fallbacks: codec id -> (updates encoded with it, those of them that fell back).
     """
 
     def __init__(
-        self, family: str, layout: Layout, spec: LoraSpec, *, seed: int, rule: Rule | None = None
+        self,
+        family: str,
+        layout: Layout,
+        spec: LoraSpec,
+        *,
+        seed: int,
+        rule: Rule | None = None,
+        down_ratio: float = 0.0,
+        about: About = nothing_known,
     ) -> None:
+        """`down_ratio`: times fewer bytes than float32 on the way down; 0: whole float16 adapters,
+        which lose nothing. `about` says what each device reads and lacks."""
         self.family, self.layout, self.spec, self.seed = family, layout, spec, seed
         self.rule = rule or Rule()
         self.factors: Factors = start_factors(layout, seed)
         self.replicas: dict[str, Factors] = {}
         blocks = BlockLayout(tuple(layout), tuple(layout.values()))
-        self._codec = Compressor.deadzone(blocks)
+        self._codec = self._plain = Compressor.deadzone(blocks)
         self._codecs = {self._codec.codec_id: self._codec}
+        self._about = about
+        self._down_ratio = down_ratio
+        self._broadcast = Broadcast(self.factors, ratio=down_ratio) if down_ratio else None
+        self._down: dict[str, int] = {}
+        self._up: dict[str, int] = {}
+        self.aged = False
+        self.fallbacks: dict[str, tuple[int, int]] = {}
         self._holders: dict[str, set[str]] = {}
         self._globals: dict[int, Factors] = {}
 
@@ -96,8 +122,18 @@ class AdapterExchange:
 
     def use_codec(self, codec: Compressor) -> None:
         """Ask for `codec` from now on; each device gets it once, with its next task."""
-        self._codec = codec
+        self._codec, self.aged = codec, False
         self._codecs[codec.codec_id] = codec
+
+    @property
+    def wants_codec(self) -> bool:
+        """Whether one should be learned from the updates that just came: the first, or an aged."""
+        return self._codec.basis is None or self.aged
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes of this round: codes that came up, and what its tasks carried down in all."""
+        return {"bytes_up": sum(self._up.values()), "bytes_down": sum(self._down.values())}
 
     def learn_codec(self, changes: Sequence[Factors]) -> None:
         """Fit the learned codec on decoded updates and ask for it from now on.
@@ -111,38 +147,53 @@ class AdapterExchange:
 
     def start(self, step: int, release: str, training: LocalTraining) -> TaskFor:
         """Open round `step` on top of `release` and return the task of each device."""
-        self._globals[step] = self.factors
+        if self._broadcast is not None:
+            self.factors = self._broadcast.open()
+        self._globals[step], self._up, self._down = self.factors, {}, {}
         for old in [s for s in self._globals if s < step - LATE_STEPS]:
             del self._globals[old]
-        blob, codec = to_bytes(self.factors), self._codec
-        packed = codec.to_bytes()
+        whole = Carried(to_bytes(self.factors))
         target = 0
         if training.ratio > 0:
-            target = max(MIN_UPDATE_BYTES, int(codec.raw_bytes / training.ratio))
-        holders = frozenset(self._holders.get(codec.codec_id, ()))
+            target = max(MIN_UPDATE_BYTES, int(self._codec.raw_bytes / training.ratio))
+        holders = {codec: frozenset(devices) for codec, devices in self._holders.items()}
+        broadcast = self._broadcast
 
         def task(device: str) -> AnyMessage:
+            known, start = self._about(device, step), whole
+            codec = self._codec_for(known.reads)
+            held = "codec" not in known.lacks and device in holders.get(codec.codec_id, ())
+            packed = b"" if held else codec.to_bytes()
+            if broadcast is not None and reads_deltas(known.reads):
+                start = broadcast.carried(device, whole="adapter" in known.lacks)
+            self._down[device] = len(packed) + start.size
             return TrainAdapter(
                 task_id=f"train-{step}",
                 round=step,
                 family=self.family,
                 release=release,
-                adapter=blob,
+                adapter=start.adapter,
                 adapter_seed=self.seed,
                 rank=self.spec.rank,
                 alpha=self.spec.alpha,
                 targets=self.spec.targets,
                 codec_id=codec.codec_id,
-                codec=b"" if device in holders else packed,
+                codec=packed,
                 steps=training.steps,
                 batch=training.batch,
                 lr=training.lr,
                 synthetic_weight=training.synthetic_weight,
                 bytes_target=target,
                 seed=self.seed + step,
+                digest=start.digest,
+                deltas=start.deltas,
             )
 
         return task
+
+    def _codec_for(self, reads: Collection[str]) -> Compressor:
+        """The present codec, or for a device of an earlier version the plain one."""
+        return self._codec if self._codec.format in codec_formats(reads) else self._plain
 
     def check(self) -> Check:
         """Looks at one update, cheap before dear: round and codec, length, codes, shapes as the
@@ -195,6 +246,7 @@ class AdapterExchange:
         """
         contributions: list[Contribution] = []
         changes: list[tuple[str, Factors]] = []
+        methods: list[str] = []
         updates = [(r.device, r.message, r.staleness) for r in replies]
         for device, message, staleness in sorted(updates, key=_device_and_round):
             assert isinstance(message, AdapterUpdate), "the runner delivers the reply of the task"
@@ -203,10 +255,15 @@ class AdapterExchange:
             factors = add(base, change)
             changes.append((device, change))
             self._holders.setdefault(message.codec_id, set()).add(device)
+            self._up[device] = self._up.get(device, 0) + len(message.codes)
+            methods += self._method(message)
+            if self._broadcast is not None:
+                self._broadcast.confirm(device, message.holds)
             fresh = base is self.factors
             contributions.append(
                 Contribution(device, factors, message.examples, staleness, None if fresh else base)
             )
+        self.aged = 2 * methods.count("dead-zone") > len(methods)
         result = aggregate(self.factors, contributions, rule=self.rule)
         self.set_global(result.factors)
         for one in contributions:
@@ -221,9 +278,24 @@ class AdapterExchange:
         )
         return result, [change for device, change in changes if device not in result.outliers]
 
+    def _method(self, update: AdapterUpdate) -> list[str]:
+        """Count an update of a learned codec; what made it, if it is of the present one."""
+        codec = self._codecs[update.codec_id]
+        if codec.basis is None:
+            return []
+        method = codec.method_of(update.codes)
+        sent, fell = self.fallbacks.get(update.codec_id, (0, 0))
+        self.fallbacks[update.codec_id] = (sent + 1, fell + (method == "dead-zone"))
+        return [method] if codec is self._codec else []
+
     def set_global(self, factors: Factors) -> None:
-        """Replace the global factors by what float16 makes of `factors`."""
-        self.factors = wire_exact(factors)
+        """Replace the global factors by what devices will read of `factors`.
+
+        Raises:
+            RemoteProtocolError: a value that does not fit float16.
+        """
+        exact = wire_exact(factors) if self._broadcast is None else self._broadcast.adopt(factors)
+        self.factors = exact
 
     def roll_back(self, data: bytes) -> None:
         """Take up what `state` returned before the last round; late updates to it still count.
@@ -231,8 +303,12 @@ class AdapterExchange:
         What that round sent out stays known: who holds which codec, and where updates started.
         """
         codecs, holders, opened = self._codecs, self._holders, self._globals
+        broadcast, fallbacks = self._broadcast, self.fallbacks
         self.restore(data)
         self._codecs, self._holders, self._globals = codecs | self._codecs, holders, opened
+        self.fallbacks = fallbacks
+        if self._broadcast is not None and broadcast is not None:
+            self._broadcast.keep_confirmed(broadcast)
 
     def state(self) -> bytes:
         """Everything above as bytes."""
@@ -244,6 +320,9 @@ class AdapterExchange:
                 globals={-1: to_bytes(self.factors)}
                 | {step: to_bytes(factors) for step, factors in self._globals.items()},
                 replicas={name: to_bytes(factors) for name, factors in self.replicas.items()},
+                broadcast=self._broadcast.to_bytes() if self._broadcast is not None else b"",
+                aged=self.aged,
+                fallbacks=dict(sorted(self.fallbacks.items())),
             )
         )
 
@@ -256,6 +335,12 @@ class AdapterExchange:
         self._globals = {step: from_bytes(blob) for step, blob in held.globals.items()}
         self.factors = self._globals.pop(-1)
         self.replicas = {name: from_bytes(blob) for name, blob in held.replicas.items()}
+        self.aged, self.fallbacks = held.aged, held.fallbacks
+        if self._down_ratio and held.broadcast:
+            self._broadcast = Broadcast.from_bytes(held.broadcast, ratio=self._down_ratio)
+        elif self._down_ratio:  # switched on amid a run
+            first = start_factors(self.layout, self.seed)
+            self._broadcast = Broadcast(first, ratio=self._down_ratio, now=self.factors)
 
 
 def _device_and_round(update: tuple[str, AnyMessage, int]) -> tuple[str, int]:

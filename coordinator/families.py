@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.aggregate import Aggregate
-from coordinator.algorithms.rounds import lineage, measured, merge, tried
+from coordinator.algorithms.rounds import learn, lineage, measured, merge, tried
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.gate import Gate
 from coordinator.programs import Ask, Publish, Reply, Request, Tell, Withdraw
@@ -170,10 +170,16 @@ class Families:
                 aggregates[family.name] = aggregate
             if fault:
                 faults.append(fault)
-            elif learn_codec and family.exchange.codec.basis is None:
-                family.exchange.learn_codec(changes)
+            elif learn_codec and family.exchange.wants_codec:
+                yield from learn(family.exchange, changes)
             family.twin.restore(family.exchange.factors, family.exchange.replicas)
         return Merged(aggregates, "; ".join(faults))
+
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes of this round's updates and of what its tasks carried, over all families."""
+        parts = [family.exchange.traffic for family in self.all]
+        return {key: sum(part[key] for part in parts) for key in parts[0]}
 
     def jury(self, texts: Sequence[str]) -> F32:
         """What all replicas of all families think, (n, labels); each replica has one vote."""
@@ -203,6 +209,7 @@ class Families:
             write = family.package_model if whole else None
             name = f"{family.base}-distilled" if write else f"{family.base}-{program}-{step + 1}"
             family.exchange.set_global(family.twin.factors)
+            family.twin.set_global(family.exchange.factors)  # what devices will read of them
             folder = (write or family.package)(name, family.exchange.factors)
             own = tuple(reply for reply in replies if reply.device in family.cohort)
             made_from = lineage(step, own, merged.aggregates.get(family.name))

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from coordinator.abilities import Abilities
 from coordinator.quarantine import FaultRule, Quarantine
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError, EnrolmentError, RemoteProtocolError
@@ -100,6 +101,7 @@ class Fleet:
 
         `rule`: how many faults put a device in quarantine, and for how long.
         """
+        self.abilities = Abilities(store, tenant=tenant)
         self.quarantine = Quarantine(store, tenant=tenant, now=now, rule=rule)
         self._store, self._tenant, self._now = store, tenant, now
         self._state = DeviceState.PENDING if approve else DeviceState.ACTIVE

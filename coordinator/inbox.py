@@ -21,6 +21,7 @@ from edge_sdk.wire.messages import (
     Enrol,
     Enrolled,
     File,
+    ModelReport,
     Refused,
     Renewed,
     RenewKeys,
@@ -84,6 +85,8 @@ class Inbox:
             RemoteProtocolError: new keys that the device may not have.
         """
         self._fleet.seen(header.sender)
+        if isinstance(message, Enrol | ModelReport):
+            self._fleet.abilities.learn(header.sender, message.reads)
         if isinstance(message, RenewKeys):
             self._fleet.renew(header.sender, message)
         self._arrived.set()
@@ -199,7 +202,9 @@ class Inbox:
             self._store.refuse(
                 letter, sender, row.kind, f"refused by the device: {refused.reason[:REASON_CHARS]}"
             )
-            self._store.set_ask_state(row.ask, "refused")
+            excused = "allowance" in refused.lacks
+            self._store.set_ask_state(row.ask, "excused" if excused else "refused")
+            self._fleet.abilities.lack(sender, row.round, refused.lacks)
         self._events("refused", device=sender, kind=row.kind, reason=refused.reason[:REASON_CHARS])
 
     def _keep_reply(self, letter: int, sender: str, message: AnyMessage) -> None:

@@ -53,6 +53,8 @@ class Quorum:
     def met(self, used: frozenset[int]) -> Taken | None:
         """Return the replies if they suffice, sorted by device, or None to go on waiting.
 
+        A device that is excused is not waited for: without it one reply less suffices.
+
         `used`: letters already delivered since the last Commit, not to be late for another Ask.
 
         Raises:
@@ -63,7 +65,7 @@ class Quorum:
         # With need = everyone the round is synchronous: a late reply stands for nobody else's.
         pool = fresh if self.ask.need == len(self._rows) else fresh + late
         self._answered = frozenset(waiting.row.device for waiting, _ in pool)
-        if len(self._answered) >= self.ask.need:
+        if len(self._answered) >= max(1, min(self.ask.need, len(self._rows) - self._excused())):
             return sorted(fresh + late, key=lambda pair: (pair[0].row.device, pair[0].letter))
         if {waiting.row.device for waiting, _ in fresh} | self._lost() >= self._rows.keys():
             raise QuorumMissed(
@@ -116,6 +118,10 @@ class Quorum:
             return False
         waiting.checked = True
         return True
+
+    def _excused(self) -> int:
+        found = [self._store.ask_of_task(row.task) for row in self._rows.values()]
+        return sum(row is not None and row.state == "excused" for row in found)
 
     def _lost(self) -> set[str]:
         """Devices whose task is no longer open, or that may not take part any more."""

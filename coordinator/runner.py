@@ -284,7 +284,8 @@ class Runner:
         kind = type(message).__name__
         self._events("asked", run=run, step=step, kind=kind, devices=sorted(rows), need=ask.need)
         try:
-            taken = self._wait(Quorum(ask, rows, self._inbox, self._store, self._fleet))
+            quorum = Quorum(ask, rows, self._inbox, self._store, self._fleet)
+            taken = self._wait(quorum, lambda: self._send_anew(ask, rows))
         finally:
             self._asked = frozenset()
         self._delivered += [waiting for waiting, _ in taken if waiting not in self._delivered]
@@ -295,10 +296,20 @@ class Runner:
             for waiting, staleness in taken
         )
 
-    def _wait(self, quorum: Quorum) -> list[tuple[Waiting, int]]:
+    def _send_anew(self, ask: Ask, rows: dict[str, AskRow]) -> None:
+        """Send refused tasks that now have other words: with what their device said it lacked."""
+        for device, row in list(rows.items()):
+            now = self._store.ask_of_task(row.task)
+            lacks = self._fleet.abilities.lacked(device, row.round)
+            if now is not None and now.state == "refused" and lacks:
+                message = ask.message(device)
+                rows[device] = self._send(device, message, run=row.run, step=row.step, state="open")
+
+    def _wait(self, quorum: Quorum, send_anew: Callable[[], None]) -> list[tuple[Waiting, int]]:
         used = frozenset(waiting.letter for waiting in self._delivered)
         with self._inbox.changed:
             while not self._stopping:
+                send_anew()
                 taken = quorum.met(used)
                 if taken is not None:
                     return taken

@@ -63,7 +63,8 @@ CREATE TABLE IF NOT EXISTS releases (
 
 @dataclass(frozen=True, slots=True)
 class AskRow:
-    """One task for one device. `state`: open, told (no reply awaited), refused, or closed.
+    """One task for one device. `state`: open, told (no reply awaited), refused, excused (the
+    device did it and may not send the outcome; it is not asked again), or closed.
 
     `round`: what a device may answer once; the task's round where it names one, else its own id.
     """
@@ -180,7 +181,8 @@ class Store:
                 db.execute("UPDATE asks SET state = 'closed' WHERE ask = ?", (ask,))
                 self.mailbox.mark_read(letter)
             db.execute(
-                "UPDATE asks SET state = 'closed' WHERE run = ? AND state IN ('told', 'refused')",
+                "UPDATE asks SET state = 'closed' WHERE run = ?"
+                " AND state IN ('told', 'refused', 'excused')",
                 (run,),
             )
 

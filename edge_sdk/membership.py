@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from edge_sdk.abilities import reads
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import EnrolmentError, RemoteProtocolError
 from edge_sdk.link.certificate import BrokerCertificate
@@ -182,6 +183,7 @@ class Member:
             memory_mb=self._config.train.memory_mb,
             csr=self._csr(ticket.device),
             hybrid_key=public.hybrid,
+            reads=reads(),
         )
         with self._mailbox.transaction():
             stream = courier.send(COORDINATOR, request, task=task)

@@ -8,6 +8,7 @@ import logging
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from edge_sdk.abilities import reads
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import RuntimeFailure, TrustError
@@ -192,6 +193,7 @@ class ModelDesk:
             tokens_per_s=speed,
             peak_mb=peak_mb(),
             seconds=watch.seconds,
+            reads=reads(),
         )
 
     def running(self) -> "SlmSession | EncoderSession":

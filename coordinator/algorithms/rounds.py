@@ -4,7 +4,7 @@ Knows requests and their answers. Does not know what an algorithm makes of them,
 that is not kept is undone.
 """
 
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +74,24 @@ def merge(
     for device, reason in sorted(merged.outliers.items()):
         yield Blame(device, reason)
     return merged, changes, gate.measured(exchange.factors)
+
+
+def learn(exchange: AdapterExchange, changes: Sequence[Factors]) -> Generator[Request, Any, None]:
+    """Learn the codec from a round's decoded changes; say so where an earlier one had aged."""
+    old, aged = exchange.codec.codec_id, exchange.aged
+    exchange.learn_codec(changes)
+    if aged:
+        sent, fell = exchange.fallbacks[old]
+        yield Note(
+            {
+                "codec": "refreshed" if exchange.codec.codec_id != old else "kept",
+                "family": exchange.family,
+                "aged": old,
+                "updates": sent,
+                "fallbacks": fell,
+                "new": exchange.codec.codec_id,
+            }
+        )
 
 
 def tried(

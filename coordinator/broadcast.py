@@ -1,0 +1,96 @@
+"""What goes down to each device so that it begins a round with the coordinator's own adapter.
+
+Knows which adapter each device last confirmed, and the chain of coded differences. Does not know
+tasks, rounds or messages' other fields.
+
+Three ways, the one of fewest bytes that the device can follow: nothing but the digest (it holds the
+adapter, or draws it from the seed), the differences since the one it confirmed, a whole copy.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+
+from compression.downlink import Chain, digest_of
+from compression.errors import CodecError
+from edge_sdk.errors import RemoteProtocolError
+from edge_sdk.train.lora import Factors, to_bytes
+from edge_sdk.wire.messages import AdapterDelta
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The fields of a TrainAdapter that say what to begin with."""
+
+    adapter: bytes
+    digest: bytes = b""
+    deltas: tuple[AdapterDelta, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Their bytes."""
+        delta_bytes = sum(len(d.base) + len(d.codes) for d in self.deltas)
+        return len(self.adapter) + len(self.digest) + delta_bytes
+
+
+class _State(msgspec.Struct):
+    chain: bytes
+    first: bytes
+    confirmed: dict[str, bytes]
+
+
+class Broadcast:
+    """The chain of one family's adapters; `first` is what every device can draw from its seed."""
+
+    def __init__(self, first: Factors, *, ratio: float, now: Factors | None = None) -> None:
+        """`now`: the present adapter, where it is another already."""
+        self._chain = Chain(first if now is None else now, ratio=ratio)
+        self._first = digest_of(first)
+        self._confirmed: dict[str, bytes] = {}
+
+    def adopt(self, target: Factors) -> Factors:
+        """What devices will read of `target`, for everyone here to use in its place.
+
+        Raises:
+            RemoteProtocolError: it has values that no device could be sent.
+        """
+        try:
+            return self._chain.adopt(target)
+        except CodecError as exc:
+            raise RemoteProtocolError(f"the new adapter cannot be sent: {exc}") from exc
+
+    def open(self) -> Factors:
+        """Send out what was adopted last, from now on; return it."""
+        self._chain.open()
+        return dict(self._chain.tensors)
+
+    def carried(self, device: str, *, whole: bool) -> Carried:
+        """What `device` needs to begin with the opened adapter; `whole` if it asked for a copy."""
+        digest = self._chain.digest
+        links = self._chain.since(self._confirmed.get(device, self._first))
+        if whole or links is None:
+            return Carried(to_bytes(self._chain.tensors), digest)
+        return Carried(b"", digest, tuple(AdapterDelta(link.base, link.codes) for link in links))
+
+    def confirm(self, device: str, digest: bytes) -> None:
+        """Note that `device` holds the adapter of this digest."""
+        if digest:
+            self._confirmed[device] = digest
+
+    def keep_confirmed(self, other: "Broadcast") -> None:
+        """Know what `other` knows devices to hold, on top of what is known here."""
+        self._confirmed |= other._confirmed
+
+    def to_bytes(self) -> bytes:
+        """All of it; equal states give equal bytes."""
+        confirmed = dict(sorted(self._confirmed.items()))
+        return msgspec.msgpack.encode(_State(self._chain.to_bytes(), self._first, confirmed))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, ratio: float) -> "Broadcast":
+        """What `to_bytes` wrote, with `ratio` from now on."""
+        state = msgspec.msgpack.decode(data, type=_State)
+        made = cls.__new__(cls)
+        made._chain, made._first = Chain.from_bytes(state.chain, ratio=ratio), state.first
+        made._confirmed = state.confirmed
+        return made

@@ -1,0 +1,307 @@
+"""Adapters go down as differences: bit-equal ends, missed rounds, restarts, codecs both know."""
+
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from compression import formats
+from compression.codec import Compressor, FeedbackState
+from compression.downlink import digest_of
+from coordinator.abilities import Known
+from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.programs import Reply
+from edge_sdk.errors import Lacking
+from edge_sdk.train.held import HeldAdapters
+from edge_sdk.train.lora import LoraSpec, from_bytes
+from edge_sdk.wire.messages import AdapterUpdate, TrainAdapter
+
+LAYOUT = {f"{i}.lora_{half}": (8, 64) if half == "A" else (64, 8) for i in "pq" for half in "AB"}
+SPEC = LoraSpec(8, 16.0, ("p", "q"))
+HOW = LocalTraining(steps=1)
+NEW = Known(frozenset(formats.words()))
+
+
+class Fleet:
+    """Devices without training: each moves every factor a little, in a way of its own."""
+
+    def __init__(self, *names: str, down_ratio: float = 20.0) -> None:
+        self.known = dict.fromkeys(names, NEW)
+        self.held = dict.fromkeys(names, b"")
+        self.codecs: dict[str, Compressor] = {}
+        self.feedback = {name: FeedbackState() for name in names}
+        self.began: dict[str, dict[str, np.ndarray]] = {}
+        self.tasks: list[TrainAdapter] = []
+        self.down_ratio = down_ratio
+
+    def exchange(self) -> AdapterExchange:
+        return AdapterExchange(
+            "slm",
+            LAYOUT,
+            SPEC,
+            seed=3,
+            down_ratio=self.down_ratio,
+            about=lambda device, _round: self.known[device],
+        )
+
+    def answer(self, name: str, task: TrainAdapter) -> Reply:
+        self.tasks.append(task)
+        if task.codec:
+            codec = Compressor.from_bytes(task.codec)
+            self.codecs[codec.codec_id] = codec
+        adapters = HeldAdapters.from_bytes(self.held[name])
+        begun = adapters.begin(task, LAYOUT)
+        self.held[name] = adapters.to_bytes()  # as the device's one transaction
+        self.began[name] = from_bytes(begun.adapter)
+        rng = np.random.default_rng([len(name), task.round])
+        drift = np.random.default_rng(7)
+        change = {
+            k: ((drift.normal(size=s) + rng.normal(size=s)) * 0.01).astype(np.float32)
+            for k, s in LAYOUT.items()
+        }
+        codec = self.codecs[task.codec_id]
+        encoded = codec.encode(change, self.feedback[name], task.bytes_target)
+        update = AdapterUpdate(
+            task.task_id, task.round, task.release, codec.codec_id, encoded.data, 5,
+            codec.raw_bytes, encoded.cosine, {}, 1.0, begun.digest,
+        )  # fmt: skip
+        return Reply(name, update)
+
+    def round(self, exchange: AdapterExchange, step: int, *names: str) -> None:
+        """One round in which only `names` are reached."""
+        task = exchange.start(step, "base", HOW)
+        exchange.receive([self.answer(name, task(name)) for name in names])
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return set(one) == set(other) and all(np.array_equal(v, other[k]) for k, v in one.items())
+
+
+def test_devices_begin_each_round_with_the_coordinators_factors_bit_for_bit() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+
+    for step in range(6):
+        factors = exchange.factors
+        fleet.round(exchange, step, "a", "bb")
+
+        assert same(fleet.began["a"], factors)
+        assert same(fleet.began["bb"], factors)
+        assert same(exchange._globals[step], factors)
+
+    assert all(task.adapter == b"" for task in fleet.tasks)  # the first was drawn from the seed
+    assert fleet.tasks[0].deltas == ()
+    whole = 2 * sum(a * b for a, b in LAYOUT.values())
+    for task in fleet.tasks[2:]:
+        (delta,) = task.deltas
+        assert len(delta.codes) <= max(512, 2 * whole / 20)
+
+
+def test_without_a_ratio_whole_adapters_go_down_and_lose_nothing() -> None:
+    fleet = Fleet("a", down_ratio=0.0)
+    exchange = fleet.exchange()
+
+    fleet.round(exchange, 0, "a")
+    factors = exchange.factors
+    fleet.round(exchange, 1, "a")
+
+    assert all(task.adapter and not task.digest for task in fleet.tasks)
+    assert same(from_bytes(fleet.tasks[1].adapter), factors)
+
+
+def test_a_device_that_missed_rounds_gets_what_it_missed_or_a_whole_copy() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a", "bb")
+
+    for step in range(1, 4):
+        fleet.round(exchange, step, "a")
+    fleet.round(exchange, 4, "a", "bb")
+    some = fleet.tasks[-1]
+    assert same(fleet.began["bb"], fleet.began["a"])
+    for step in range(5, 20):
+        fleet.round(exchange, step, "a")
+    fleet.round(exchange, 20, "a", "bb")
+    late = fleet.tasks[-1]
+
+    assert len(some.deltas) == 4
+    assert not some.adapter
+    assert late.adapter
+    assert not late.deltas
+    assert same(fleet.began["bb"], fleet.began["a"])
+
+
+def test_what_was_received_and_never_confirmed_is_joined_in_the_middle() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a", "bb")
+    task = exchange.start(1, "base", HOW)
+    fleet.answer("bb", task("bb"))  # its reply is lost
+    exchange.receive([fleet.answer("a", task("a"))])
+
+    fleet.round(exchange, 2, "a", "bb")
+
+    assert len(fleet.tasks[-1].deltas) == 2
+    assert same(fleet.began["bb"], fleet.began["a"])
+
+
+def test_a_device_that_lost_its_state_asks_for_a_whole_copy_and_gets_it() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a", "bb")
+    fleet.round(exchange, 1, "a", "bb")
+    fleet.held["bb"] = b"damaged"
+
+    task = exchange.start(2, "base", HOW)
+    with pytest.raises(Lacking) as refusal:
+        fleet.answer("bb", task("bb"))
+    fleet.known["bb"] = replace(NEW, lacks=frozenset(refusal.value.lacks))
+    again = task("bb")
+    exchange.receive([fleet.answer("a", task("a")), fleet.answer("bb", again)])
+    fleet.known["bb"] = NEW
+    fleet.round(exchange, 3, "a", "bb")
+
+    assert refusal.value.lacks == ("adapter",)
+    assert again.adapter
+    assert len(fleet.tasks[-1].deltas) == 1
+    assert same(fleet.began["bb"], fleet.began["a"])
+
+
+def test_a_wrong_digest_or_damaged_codes_are_refused_and_change_nothing() -> None:
+    fleet = Fleet("a")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a")
+    good = exchange.start(1, "base", HOW)("a")
+    (delta,) = good.deltas
+    before = fleet.held["a"]
+
+    for bad in (
+        {"digest": bytes(32)},
+        {"deltas": (msgspec.structs.replace(delta, codes=delta.codes[:-2]),)},
+        {"deltas": (msgspec.structs.replace(delta, base=bytes(32)),)},
+        {"deltas": (), "adapter": b"no adapter"},
+        {"deltas": (), "adapter": fleet_blob(exchange), "digest": bytes(32)},
+    ):
+        with pytest.raises(Lacking):
+            fleet.answer("a", msgspec.structs.replace(good, **bad))
+        assert fleet.held["a"] == before
+
+    fleet.answer("a", good)
+    assert digest_of(fleet.began["a"]) == good.digest
+
+
+def fleet_blob(exchange: AdapterExchange) -> bytes:
+    from edge_sdk.train.lora import to_bytes
+
+    return to_bytes(exchange.factors)
+
+
+def test_a_restart_of_the_coordinator_changes_no_bit() -> None:
+    whole, fleet = Fleet("a", "bb"), Fleet("a", "bb")
+    one, other = whole.exchange(), fleet.exchange()
+
+    for step in range(5):
+        whole.round(one, step, "a", "bb")
+        fleet.round(other, step, "a", "bb")
+        stored = other.state()  # as a Commit keeps it
+        other = fleet.exchange()
+        other.restore(stored)
+
+    assert one.state() == other.state()
+    assert [msgspec.structs.asdict(t) for t in whole.tasks] == [
+        msgspec.structs.asdict(t) for t in fleet.tasks
+    ]
+
+
+def test_a_round_that_is_taken_back_leaves_both_ends_equal() -> None:
+    fleet = Fleet("a")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a")
+    before, factors = exchange.state(), exchange.factors
+    fleet.round(exchange, 1, "a")
+
+    exchange.roll_back(before)
+    assert same(exchange.factors, factors)
+    fleet.round(exchange, 2, "a")
+
+    assert same(fleet.began["a"], factors)
+    assert fleet.tasks[-1].deltas == ()  # it holds that one already
+
+
+def test_it_may_be_switched_on_and_off_amid_a_run() -> None:
+    fleet = Fleet("a", down_ratio=0.0)
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a")
+
+    for ratio in (20.0, 0.0):
+        stored, factors = exchange.state(), exchange.factors
+        fleet.down_ratio = ratio
+        exchange = fleet.exchange()
+        exchange.restore(stored)
+        task = exchange.start(1, "base", HOW)
+        assert same(exchange.factors, factors)
+        asked = task("a")
+        try:
+            reply = fleet.answer("a", asked)
+        except Lacking as exc:
+            fleet.known["a"] = replace(NEW, lacks=frozenset(exc.lacks))
+            reply = fleet.answer("a", task("a"))
+        assert same(fleet.began["a"], factors)
+        exchange.receive([reply])
+
+
+def test_old_devices_get_whole_adapters_and_the_codec_that_they_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Newer(Compressor):
+        format = 2  # type: ignore[assignment]
+
+    fleet = Fleet("old", "newest", "new")
+    fleet.known |= {
+        "old": Known(),
+        "newest": Known(frozenset({"codec.1", "codec.2", "delta.1"})),
+    }
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "old", "newest", "new")
+    newer = Newer(exchange.codec.layout, exchange.codec.method, ratio=33.0)
+    exchange.use_codec(newer)
+
+    task = exchange.start(1, "base", HOW)
+    asked = {name: task(name) for name in fleet.known}
+
+    assert asked["old"].adapter
+    assert not asked["old"].digest
+    assert asked["newest"].codec_id == newer.codec_id
+    assert asked["newest"].codec
+    plain = {asked[name].codec_id for name in ("old", "new")}
+    assert plain == {fleet.tasks[0].codec_id}
+    assert not asked["new"].codec  # sent once, with the round before
+    fleet.known["new"] = replace(NEW, lacks=frozenset({"codec"}))
+    assert task("new").codec
+    fleet.known["new"] = NEW
+    exchange.receive([fleet.answer(name, asked[name]) for name in asked])  # all are read
+
+
+def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
+    fleet = Fleet("a", "bb", "ccc")
+    exchange = fleet.exchange()
+    rng = np.random.default_rng(0)
+    noise = [
+        {k: rng.normal(size=s).astype(np.float32) for k, s in LAYOUT.items()} for _ in range(3)
+    ]
+    exchange.use_codec(Compressor.fit(noise, layout=exchange.codec.layout, width=1))
+    aged = exchange.codec.codec_id
+    assert not exchange.wants_codec
+
+    fleet.round(exchange, 0, "a", "bb", "ccc")
+
+    assert exchange.fallbacks[aged] == (3, 3)  # one direction of 64 cannot hold such a change
+    assert exchange.aged
+    assert exchange.wants_codec
+    again = fleet.exchange()
+    again.restore(exchange.state())
+    assert again.aged
+    exchange.learn_codec([fleet.began["a"]])
+    assert not exchange.wants_codec
+    assert exchange.codec.codec_id != aged
