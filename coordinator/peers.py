@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from edge_sdk.algorithms.alignment import Align, Targets, carry, dtw
 from edge_sdk.algorithms.logit_rows import LogitTable, Places
-from edge_sdk.algorithms.vocabulary import NONE, Vocabulary, cached_table, mined_table
+from edge_sdk.algorithms.vocabulary import Vocabulary, cached_table, mined_table
 from edge_sdk.errors import ConfigError
 from edge_sdk.train.lora import Adapter
 from edge_sdk.train.teaching import (
@@ -23,6 +23,7 @@ from edge_sdk.train.teaching import (
     lesson_texts,
     logit_table,
     places_of,
+    target_bytes,
     target_losses,
     teach,
     whole_target,
@@ -105,35 +106,6 @@ class Bridge:
     def carry(self, said: LogitTable) -> Targets:
         """What the source said, in the base's tokens."""
         return carry(self.base.places, said, self.table, self.match)
-
-
-def target_bytes(reader: TaskReader, pairs: Pairs, *, whole: bool) -> I64:
-    """UTF-8 bytes of what is to be predicted of each text, (texts,); the same for every model."""
-    said = [
-        whole_target(reader, text, label) if whole else reader.task.words[reader.label_index(label)]
-        for text, label in pairs
-    ]
-    return np.array([len(text.encode()) for text in said], np.int64)
-
-
-def bits_per_byte(nats: F32, sizes: I64) -> F32:
-    """Summed cross-entropies in nats as bits per byte of the target, so tokenizers compare."""
-    result: F32 = (nats / np.log(2) / sizes).astype(np.float32)
-    return result
-
-
-def dual_min_ce(own: F32, teachers: F32) -> I64:
-    """The teacher of every text, (texts,), or NONE: the one of least loss, if less than one's own.
-
-    `own` (texts,), `teachers` (teachers, texts), in one unit.
-
-    Source: DualMinCE, FedMKT (arXiv 2406.02224) algorithm 1; PAPERS.md 2 (b), steps 4 and 7.
-    """
-    if not len(teachers):
-        return np.full(len(own), NONE, np.int64)
-    best = teachers.argmin(axis=0)
-    better = teachers[best, np.arange(len(own))] < own
-    return np.where(better, best, NONE).astype(np.int64)
 
 
 def combined(tables: Sequence[LogitTable], chosen: I64) -> LogitTable:

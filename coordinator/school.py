@@ -18,17 +18,15 @@ from coordinator.llm import Llm
 from coordinator.peers import (
     Bridge,
     Peer,
-    bits_per_byte,
     combined,
-    dual_min_ce,
     fitted,
     joined_targets,
-    target_bytes,
 )
 from edge_sdk.algorithms.alignment import Align, Targets
 from edge_sdk.algorithms.logit_rows import LogitTable
+from edge_sdk.algorithms.selection import bits_per_byte, dual_min_ce, surer
 from edge_sdk.algorithms.vocabulary import NONE
-from edge_sdk.train.teaching import Pairs
+from edge_sdk.train.teaching import Pairs, target_bytes
 
 F32 = npt.NDArray[np.float32]
 LLM = "llm"
@@ -91,9 +89,8 @@ class School:
 
     def for_small(self, name: str, said: LogitTable) -> tuple[Targets, Chosen]:
         """Line 8: the LLM's rows in the family's tokens, and the texts it is the better one on."""
-        own = bits_per_byte(self.small[name].losses(), self.sizes)
-        theirs = bits_per_byte(said.losses(), self.sizes)[None]
-        return self.down[name].carry(said), dual_min_ce(own, theirs) != NONE
+        chosen = surer(self.small[name].losses(), said.losses(), self.sizes)
+        return self.down[name].carry(said), chosen
 
     def held_out_bits(self, fleet: Families) -> dict[str, float | None]:
         """Bits per byte of the held-out texts, of the LLM and of each family's global factors."""

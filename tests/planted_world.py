@@ -14,16 +14,14 @@ from mkt_world import model_of, reader_of
 from coordinator.peers import (
     Bridge,
     Peer,
-    bits_per_byte,
-    dual_min_ce,
     joined_targets,
     shuffled,
-    target_bytes,
 )
 from edge_sdk.algorithms.alignment import Targets
+from edge_sdk.algorithms.selection import bits_per_byte, dual_min_ce
 from edge_sdk.algorithms.vocabulary import NONE
 from edge_sdk.train.lora import Adapter, Factors, LoraSpec
-from edge_sdk.train.teaching import Lesson
+from edge_sdk.train.teaching import Lesson, target_bytes
 
 SPEC = LoraSpec(
     8, 16.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

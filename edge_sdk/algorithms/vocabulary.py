@@ -19,10 +19,14 @@ import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
+
+from edge_sdk.errors import RemoteProtocolError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,9 +38,23 @@ I32 = npt.NDArray[np.int32]
 NONE = -1
 """In a table: this token has no counterpart."""
 
+MOST_TOKENS = 1 << 20
+"""Most tokens of a vocabulary that is read from bytes."""
+MOST_SURFACE = 1 << 10
+"""Most bytes of one of its tokens."""
+
+_Bytes = Annotated[bytes, Meta(max_length=MOST_SURFACE)]
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _ROWS = 2048
 """Source tokens compared at a time: with 4,000 candidates of a length, 8 MB of distances."""
+
+
+class _Packed(msgspec.Struct, array_like=True):
+    surfaces: Annotated[tuple[_Bytes, ...], Meta(min_length=1, max_length=MOST_TOKENS)]
+    specials: Annotated[
+        tuple[tuple[Annotated[str, Meta(max_length=MOST_SURFACE)], int], ...],
+        Meta(max_length=MOST_TOKENS),
+    ]
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,25 @@ class Vocabulary:
                 surfaces[i] = sentence_piece(token)
         special = sorted((name, tokens[name]) for name in named if name in tokens)
         return cls(tuple(surfaces), tuple(special))
+
+    def to_bytes(self) -> bytes:
+        """All of it, for whoever has another tokenizer; about 8 bytes a token."""
+        return msgspec.msgpack.encode(_Packed(self.surfaces, self.specials))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Vocabulary":
+        """Take up what `to_bytes` returned.
+
+        Raises:
+            RemoteProtocolError: it is no such thing, or too large.
+        """
+        try:
+            packed = msgspec.msgpack.decode(data, type=_Packed)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise RemoteProtocolError(f"not a vocabulary: {exc}") from exc
+        if any(not 0 <= i < len(packed.surfaces) for _, i in packed.specials):
+            raise RemoteProtocolError("a special token is outside its vocabulary")
+        return cls(packed.surfaces, packed.specials)
 
     @cached_property
     def digest(self) -> str:

@@ -7,7 +7,7 @@ A target never becomes a row of the vocabulary. One log-softmax, which plain cro
 too, is read at k + 1 places a row, so a step costs what a step of plain cross-entropy costs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +19,16 @@ from edge_sdk.algorithms.alignment import Targets
 from edge_sdk.algorithms.logit_rows import LogitTable, Places
 from edge_sdk.errors import DataError
 from edge_sdk.prompts import batches
+from edge_sdk.train.checkpoint import Checkpoint
 from edge_sdk.train.lora import Adapter
 from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded
-from edge_sdk.train.trainer import optimize, short_attention, shuffled_batches
+from edge_sdk.train.trainer import Gate, Progress, optimize, short_attention, shuffled_batches
 
 Pairs = Sequence[tuple[str, str]]
 """Public texts with their labels."""
 
 F32 = npt.NDArray[np.float32]
+I64 = npt.NDArray[np.int64]
 
 MOST_LOGITS = 1 << 24
 """Logits held at once when rows are made: 64 MiB, however large the vocabulary."""
@@ -74,6 +76,15 @@ def whole_target(reader: TaskReader, text: str, label: str) -> str:
     """What is to be predicted of a whole text: itself, what asks for the label, and the word."""
     after = reader.task.prompt.split("{text}", 1)[1]
     return f" {text}{after}{reader.task.words[reader.label_index(label)]}"
+
+
+def target_bytes(reader: TaskReader, pairs: Pairs, *, whole: bool) -> I64:
+    """UTF-8 bytes of what is to be predicted of each text, (texts,); the same for every model."""
+    said = [
+        whole_target(reader, text, label) if whole else reader.task.words[reader.label_index(label)]
+        for text, label in pairs
+    ]
+    return np.array([len(text.encode()) for text in said], np.int64)
 
 
 def places_of(rows: Sequences) -> Places:
@@ -125,12 +136,18 @@ def teach(
     how: Lesson,
     *,
     seed: int,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
+    at_once: int = 0,
+    checkpoint: Checkpoint | None = None,
+    gate: Gate | None = None,
 ) -> float:
     """Learn lambda CE(labels) + (1 - lambda) CE(targets of the `chosen` texts); the last loss.
 
+    `at_once` texts go through the model together (0: a whole step's), gradients add up.
+    `checkpoint` and `gate` as in `train_adapter`.
+
     Raises:
-        FleetError: the loss is no longer a number; lower lr.
+        FleetError: the loss is no longer a number; lower lr. Whatever `gate` raises.
 
     Source: FedMKT (arXiv 2406.02224) equations for L2 and L3; PAPERS.md 2 (b), steps 5 and 8.
     """
@@ -143,16 +160,34 @@ def teach(
     at = np.split(np.arange(len(owner)), targets.places.starts[1:-1])  # each text's places
     groups = shuffled_batches(len(rows), how.batch, seed=seed)
 
-    def loss_of_step() -> torch.Tensor:
-        group = next(groups)
+    def losses_of(group: list[int]) -> torch.Tensor:
         where = torch.from_numpy(np.concatenate([at[i] for i in group]))
         logits = _logits(adapter.model, rows.pick(group))
-        losses = mixed_loss(logits, truth[where], ids[where], mass[where], how.share, taught[where])
-        return losses.mean()
+        return mixed_loss(logits, truth[where], ids[where], mass[where], how.share, taught[where])
+
+    def loss_of_step() -> torch.Tensor | Iterator[torch.Tensor]:
+        group = next(groups)
+        if not 0 < at_once < len(group):
+            return losses_of(group).mean()
+        total = sum(len(at[i]) for i in group)
+        parts = (group[i : i + at_once] for i in range(0, len(group), at_once))
+        return (losses_of(part).sum() / total for part in parts)
+
+    def skip_step() -> None:
+        next(groups)
 
     last = 0.0
     with short_attention(max(map(len, rows.ids))):
-        for done, last in enumerate(optimize(adapter, loss_of_step, steps=how.steps, lr=how.lr), 1):
+        course = optimize(
+            adapter,
+            loss_of_step,
+            steps=how.steps,
+            lr=how.lr,
+            checkpoint=checkpoint,
+            skip_step=skip_step,
+            gate=gate,
+        )
+        for done, last in enumerate(course, 1):
             if progress is not None:
                 progress(done, how.steps, last)
     return last
