@@ -32,6 +32,7 @@ from edge_sdk.wire.messages import (
     OfferModel,
     Score,
     Scores,
+    TeachAdapter,
     TopLogits,
     TrainAdapter,
 )
@@ -54,12 +55,14 @@ EXPECTED = {
     "TrainAdapter": "AdapterUpdate",
     "Score": "Scores",
     "TopLogits": "LogitRows",
+    "TeachAdapter": "AdapterUpdate",
     "OfferModel": "ModelReport",
 }
 """The reply to each task; a task not named here has none."""
 
 
-_RELEASED = (TrainAdapter, TopLogits, OfferModel)
+_OF_A_ROUND = (TrainAdapter, TopLogits, TeachAdapter)
+_RELEASED = (*_OF_A_ROUND, OfferModel)
 
 
 class Expected(Struct, frozen=True):
@@ -76,7 +79,7 @@ class Expected(Struct, frozen=True):
         return cls(
             kind=EXPECTED.get(type(task).__name__),
             release=task.release if isinstance(task, _RELEASED) else None,
-            round=task.round if isinstance(task, TrainAdapter | TopLogits) else None,
+            round=task.round if isinstance(task, _OF_A_ROUND) else None,
             count=len(task.texts) if isinstance(task, Score) else None,
         )
 

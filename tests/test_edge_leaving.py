@@ -7,7 +7,7 @@ from edge_sdk.wire import messages
 
 FROM_THE_COORDINATOR = {
     "TrainAdapter", "Score", "TopLogits", "OfferModel", "OfferData", "File", "Enrolled", "Renewed",
-    "Verified",
+    "TeachAdapter", "Verified",
 }  # fmt: skip
 
 

@@ -33,6 +33,11 @@ SAMPLES = [
     Scores("t", (0.0, 1.0)),
     messages.TopLogits("t", 1, "chat", "r-1", ("a text",), ("x",), 16),
     messages.LogitRows("t", 1, "r-1", bytes(32), 1, bytes(4), bytes(2), bytes(2), {}, 100.0),
+    messages.TeachAdapter(
+        "t", 1, "chat", "r-1", b"\0", 8, 16.0, ("q_proj",), "codec", b"", 10, 4, 1e-3, 0, 7,
+        ("a text",), ("x",), False, 0.9, False, bytes(32), b"", bytes(4), bytes(4), 1, bytes(4),
+        bytes(2), bytes(2),
+    ),
     messages.WantFiles("t", ("a", "b")),
     File("t", "a", b"data"),
     messages.ModelReport("t", "r-1", 0.75, 20, 33.0, 100.0, {}),

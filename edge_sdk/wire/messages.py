@@ -140,6 +140,47 @@ class TopLogits(Message, frozen=True):
     whole: bool = False
 
 
+class TeachAdapter(Message, frozen=True):
+    """Learn the labels of public texts, and what the LLM finds likeliest of those that it knows
+    better than you, starting from this adapter; reply AdapterUpdate.
+
+    `adapter` to `seed` are as in TrainAdapter. `share` is lambda, the weight of the labels; with
+    `greedy` tokens are matched by where they begin, not by warping. The LLM's vocabulary is named
+    by its digest `words_id`; `words` is its bytes (`Vocabulary.to_bytes`), or empty when the device
+    already holds them. `tokens` (int32) are the LLM's tokens to be predicted, `lengths[i]` (int32)
+    of them in text i; `truth`, `ids` and `logps` are its rows about them, as in LogitRows.
+    """
+
+    task_id: Name
+    round: Count
+    family: Name
+    release: Name
+    adapter: bytes
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Annotated[float, Meta(gt=0)]
+    targets: Annotated[tuple[Word, ...], Meta(max_length=1024)]
+    codec_id: Word
+    codec: bytes
+    steps: Count
+    batch: Annotated[int, Meta(ge=1, le=4096)]
+    lr: Annotated[float, Meta(gt=0, le=1)]
+    bytes_target: Count
+    seed: Count
+    texts: Texts
+    labels: Words
+    whole: bool
+    share: Unit
+    greedy: bool
+    words_id: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    words: bytes
+    tokens: bytes
+    lengths: bytes
+    kept: Annotated[int, Meta(ge=1, le=128)]
+    truth: bytes
+    ids: bytes
+    logps: bytes
+
+
 class OfferModel(Message, frozen=True):
     """A release exists: fetch what you lack, verify, swap, measure; reply ModelReport.
 
@@ -352,6 +393,7 @@ AnyMessage = (
     TrainAdapter
     | Score
     | TopLogits
+    | TeachAdapter
     | OfferModel
     | OfferData
     | AdapterUpdate

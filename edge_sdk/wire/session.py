@@ -59,6 +59,7 @@ LEGAL: Moves = {
             messages.TrainAdapter: State.TRAINING,
             messages.Score: State.SCORING,
             messages.TopLogits: State.TELLING,
+            messages.TeachAdapter: State.TRAINING,
             messages.OfferModel: State.OFFERING,
             messages.OfferData: State.CLOSED,  # nothing to answer: Done says it arrived
         },

@@ -176,6 +176,12 @@ def _down(secrets: list[str], rng: random.Random) -> Iterator[messages.AnyMessag
     labels = [secret[:24] for secret in part_of[1]]
     yield messages.Score("t", "base", tuple(part_of[0]), tuple(labels))
     yield messages.TopLogits("t", 1, "slm", "base", tuple(part_of[0]), tuple(labels), 4)
+    rows = "".join(part_of[0]).encode()
+    yield messages.TeachAdapter(
+        "t", 1, "slm", "base", rows, 8, 16.0, ("q_proj",), "codec", rows, 1, 1, 0.1, 0, 0,
+        tuple(part_of[0]), tuple(labels), False, 0.9, False, rows[:32], rows, rows, rows, 4, rows,
+        rows, rows,
+    )  # fmt: skip
     yield messages.OfferData("t", 1, tuple(part_of[1]), tuple(labels), (1.0,) * len(labels))
     for secret in part_of[2][:10]:
         data = rng.randbytes(BULK // 4) + "".join(part_of[2]).encode() + rng.randbytes(BULK)

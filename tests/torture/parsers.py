@@ -261,6 +261,11 @@ def _messages() -> tuple[bytes, ...]:
         messages.Scores("t", (0.1, 1.0)),
         messages.TopLogits("t", 1, "slm", "base", ("one",), ("a",), 2),
         messages.LogitRows("t", 1, "base", bytes(32), 1, bytes(4), bytes(2), bytes(2), {}, 3.0),
+        messages.TeachAdapter(
+            "t", 1, "slm", "base", b"a", 8, 16.0, ("q_proj",), "c", b"c", 1, 1, 0.1, 0, 0, ("one",),
+            ("a",), False, 0.9, False, bytes(32), b"w", bytes(4), bytes(4), 1, bytes(4), bytes(2),
+            bytes(2),
+        ),
         messages.WantFiles("t", ("a/b",)),
         messages.File("t", "a/b", b"data"),
         messages.Refused("t", "no memory"),
