@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from edge_sdk.wire.messages import AnyMessage
 
 OFFER, SYNTHETIC, FEEDBACK, CODEC, OWN = "offer", "synthetic", "feedback", "codec", "own"
-ADAPTERS = "adapters"
+ADAPTERS, WORDS = "adapters", "words"
 """Names under which the device remembers things between tasks."""
 
 Recall = Callable[[str], bytes]

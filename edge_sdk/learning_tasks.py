@@ -23,6 +23,7 @@ from edge_sdk.wire.messages import (
     OfferData,
     Score,
     Scores,
+    TeachAdapter,
     TextTask,
     TopLogits,
     TrainAdapter,
@@ -235,7 +236,7 @@ class LearningDesk:
         )
         return Handled((rows,))
 
-    def _codec(self, order: TrainAdapter) -> "tuple[Compressor, FeedbackState]":
+    def _codec(self, order: TrainAdapter | TeachAdapter) -> "tuple[Compressor, FeedbackState]":
         from compression.codec import Compressor, FeedbackState
         from compression.errors import CodecError
 

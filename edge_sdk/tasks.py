@@ -16,7 +16,7 @@ from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import DataError, FleetError, StorageError
 from edge_sdk.handled import OFFER, Event, Handled, Recall
-from edge_sdk.learning_tasks import LearningDesk
+from edge_sdk.lesson_tasks import LessonDesk
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.models import ModelStore
 from edge_sdk.train.policy import Policy
@@ -27,6 +27,7 @@ from edge_sdk.wire.messages import (
     OfferModel,
     Refused,
     Score,
+    TeachAdapter,
     TextTask,
     TopLogits,
     TrainAdapter,
@@ -62,7 +63,7 @@ class TaskDesk:
         self._models = ModelDesk(
             config, task=task, examples=examples, models=models, recall=recall, tell=self._tell
         )
-        self._learning = LearningDesk(
+        self._learning = LessonDesk(
             config,
             task=task,
             examples=examples,
@@ -130,6 +131,8 @@ class TaskDesk:
                 return self._learning.score(message)
             case TopLogits():
                 return self._learning.top_logits(message)
+            case TeachAdapter():
+                return self._learning.teach(message)
             case _:
                 logger.warning("a %s is not for a device; ignored", type(message).__name__)
                 return Handled()
