@@ -289,6 +289,7 @@ def fedmkt_config(config: CoordinatorConfig) -> FedMktConfig:
         teach_llm=found.direction != "to-slms",
         teach_slms=found.direction != "to-llm",
         ask_devices=found.ask_devices,
+        teach_on_devices=found.teach_on_devices,
         greedy=found.align == "greedy",
         stale_rounds=found.stale_rounds,
         max_rise=found.max_rise,

@@ -305,6 +305,13 @@ class FedMktSection(Struct, frozen=True, forbid_unknown_fields=True):
     ask_devices: Annotated[
         bool, Meta(description="Devices tell what they find likeliest; else replicas do, here.")
     ] = True
+    teach_on_devices: Annotated[
+        bool,
+        Meta(
+            description="Devices align and learn what the LLM says (as published); else it is done "
+            "here, to each family's average, without a second training there and uncoded."
+        ),
+    ] = False
     steps: Annotated[int, Meta(ge=0, le=1_000_000, description="Small models' steps.")] = 30
     batch: Annotated[int, Meta(ge=1, le=4096, description="Texts a step.")] = 8
     lr: Annotated[float, Meta(gt=0, le=1, description="Their learning rate.")] = 2e-3

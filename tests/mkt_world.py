@@ -1,6 +1,7 @@
 """Two families with tokenizers of their own, an LLM, and devices that tell what they find."""
 
 import functools
+import tempfile
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from learning_world import FILLERS, SIGNS, TASK, examples, folder, model, tokeni
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compression.codec import Compressor
 from coordinator.algorithms.fedmkt import FedMktConfig, fedmkt
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.families import Family
@@ -16,10 +18,11 @@ from coordinator.llm import Llm
 from coordinator.twin import Twin
 from edge_sdk.algorithms.logit_rows import pack
 from edge_sdk.algorithms.vocabulary import Vocabulary
-from edge_sdk.train.lora import Adapter, LoraSpec
-from edge_sdk.train.teaching import Lesson, lesson_texts, logit_table
+from edge_sdk.train.lora import Adapter, LoraSpec, delta, from_bytes
+from edge_sdk.train.taught import aligned, chosen_texts, rows_of
+from edge_sdk.train.teaching import Lesson, lesson_texts, logit_table, teach
 from edge_sdk.train.text_task import TaskReader
-from edge_sdk.wire.messages import LogitRows, TopLogits
+from edge_sdk.wire.messages import AdapterUpdate, LogitRows, TeachAdapter, TopLogits
 
 __all__ = ["SPEC", "Log", "drive", "examples"]
 
@@ -82,12 +85,43 @@ def model_of(family: str) -> LlamaForCausalLM:
 
 
 class Telling(Device):
-    """A device that also answers TopLogits; `altered` changes what it sends."""
+    """A device that also answers TopLogits and TeachAdapter; `altered` changes the rows it sends.
+
+    `lessons` are the tasks it got, `words` the LLM's vocabulary once it was sent.
+    """
 
     family = ""
     altered = staticmethod(lambda rows: rows)
+    words = None
+
+    def learn(self, task):  # type: ignore[no-untyped-def]
+        self.lessons = [*getattr(self, "lessons", ()), task]
+        self.words = Vocabulary.from_bytes(task.words) if task.words else self.words
+        if task.codec:
+            self.codecs[task.codec_id] = Compressor.from_bytes(task.codec)
+        codec, start = self.codecs[task.codec_id], from_bytes(task.adapter)
+        pairs = list(zip(task.texts, task.labels, strict=True))
+        rows = lesson_texts(self.reader, pairs, whole=task.whole)
+        said = rows_of(task, self.words)
+        self.adapter.load(start)
+        with tempfile.TemporaryDirectory() as cache:
+            targets = aligned(
+                said, self.words, rows, self.reader, Path(cache), by_bytes=task.greedy
+            )
+        chosen = chosen_texts(self.adapter, said, rows, self.reader, pairs, whole=task.whole)
+        how = Lesson(task.share, task.steps, task.batch, task.lr)
+        teach(self.adapter, rows, targets, chosen, how, seed=task.seed)
+        self.taught = self.adapter.factors()
+        change = delta(self.taught, start)
+        encoded = codec.encode(change, self.feedback, task.bytes_target)
+        return AdapterUpdate(
+            task.task_id, task.round, task.release, codec.codec_id, encoded.data,
+            len(pairs), codec.raw_bytes, encoded.cosine, {}, 1.0,
+        )  # fmt: skip
 
     def answer(self, message):  # type: ignore[no-untyped-def]
+        if isinstance(message, TeachAdapter):
+            return self.learn(message)
         if not isinstance(message, TopLogits):
             return super().answer(message)
         pairs = list(zip(message.texts, message.labels, strict=True))

@@ -28,11 +28,12 @@ devices (homogeneous), one of one device (one-to-one); `teach_llm=False` is LLM2
 False` the other way alone.
 
 Differences from the paper: a family's adapters are averaged (`fedavg.py`; the paper does so when
-all are homogeneous) and lines 8 and 9 are done to the family's average, here, where the LLM's rows
-are: they need nothing of a device; the result is published. Losses are compared in bits per byte of
-the target, which tokenizers share. A text on which the own model is best teaches nothing. A
-device's rows serve until `stale_rounds` later, their loss divided by the staleness weight, so an
-old teacher has to be better than a new one. What else differs from the published code: `alignment`.
+all are homogeneous) before lines 8 and 9, which are done to that average: by every device with its
+own draws, or here. It is the same lesson, but what devices learned comes back coded (`lessons.py`).
+Losses are compared in bits per byte of the target, which tokenizers share. A text on
+which the own model is best teaches nothing. A device's rows serve until `stale_rounds` later, their
+loss divided by the staleness weight, so an old teacher has to be better than a new one. What else
+differs from the published code: `alignment`.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -48,6 +49,7 @@ from coordinator.bank import Bank
 from coordinator.exchange import LocalTraining
 from coordinator.families import Families, Family
 from coordinator.gate import Gate
+from coordinator.lessons import Lessons
 from coordinator.llm import Llm
 from coordinator.peers import shuffled
 from coordinator.programs import LATE_STEPS, Ask, Commit, Note, Program, Reply, Request
@@ -70,6 +72,8 @@ class FedMktConfig:
         llm, slm: lines 6 and 9.
         teach_llm, teach_slms: the two directions.
         ask_devices: line 3 by the devices; else by their replicas here, which costs no traffic.
+        teach_on_devices: lines 8 and 9 by the devices that trained in the round, as in the paper;
+            a family none of whose devices did them is taught here, as all are without it.
         greedy: align by bytes instead of warping.
         stale_rounds: how long a device's rows serve.
         max_rise, patience: as in Yardstick, on the held-out texts.
@@ -87,6 +91,7 @@ class FedMktConfig:
     teach_llm: bool = True
     teach_slms: bool = True
     ask_devices: bool = True
+    teach_on_devices: bool = False
     greedy: bool = False
     stale_rounds: int = LATE_STEPS
     max_rise: float = 0.5
@@ -125,11 +130,13 @@ def fedmkt(
     align = greedy if cfg.greedy else dtw
     school = School(llm, fleet, public, held_out, whole=cfg.whole, align=align, cache=cache)
     bank = Bank(fleet, school.small, kept=cfg.kept, stale_rounds=cfg.stale_rounds)
+    lessons = Lessons(fleet, school, whole=cfg.whole, greedy=cfg.greedy)
     rise = Yardstick(cfg.max_rise, cfg.patience)
     first = 0
     if resume is not None:
         llm.load(from_bytes(resume.state["llm"]))
         bank.restore(resume.state["bank"])
+        lessons.restore(resume.state.get("lessons", b""))
         rise.restore(resume.state["yardstick"])
         llm_gate.restore(resume.state["llm_gate"])
         first = resume.step + 1
@@ -142,6 +149,7 @@ def fedmkt(
         return fleet.state() | {
             "llm": to_bytes(llm.state()),
             "bank": bank.to_bytes(),
+            "lessons": lessons.to_bytes(),
             "yardstick": rise.to_bytes(),
             "llm_gate": llm_gate.to_bytes(),
             "outcome": outcome.encode(),
@@ -161,7 +169,7 @@ def fedmkt(
             bank.forget(merged.outliers)
 
         draws = np.random.default_rng([seed, step])
-        said: dict[str, Any] = {"round": step, "devices": len(replies)}
+        said: dict[str, Any] = {"round": step, "devices": len(replies), **fleet.traffic}
         if cfg.teach_llm and not merged.fault:
             with stage("teach_llm"):
                 teachers = {family.name: bank.teachers(family.name, step) for family in fleet.all}
@@ -178,12 +186,21 @@ def fedmkt(
         if cfg.teach_slms and not merged.fault:
             with stage("teach_slms"):
                 table = school.large.table(cfg.kept)  # line 7
-                for family in fleet.all:
+                seeds = {family.name: int(draws.integers(2**31)) for family in fleet.all}
+                learned: dict[str, int] = {}
+                if cfg.teach_on_devices and not cfg.shuffle_teachers:
+                    able = [r for r in replies if r.device not in merged.outliers]
+                    asked = lessons.ask(
+                        step, able, table, cfg.slm, seeds, cfg.training.ratio, cfg.within_s
+                    )
+                    learned = yield from lessons.given(asked)  # lines 8 and 9
+                said |= {f"lessons_{name}": count for name, count in learned.items()}
+                for family in [f for f in fleet.all if f.name not in learned]:
                     family.twin.adapter.load(family.twin.factors)
                     targets, chosen = school.for_small(family.name, table)  # line 8
                     if cfg.shuffle_teachers:
                         targets = shuffled(targets, chosen, np.random.default_rng([seed, step, 2]))
-                    drawn = int(draws.integers(2**31))
+                    drawn = seeds[family.name]
                     school.small[family.name].learn(targets, chosen, cfg.slm, seed=drawn)  # line 9
                     family.twin.set_global(family.twin.adapter.factors())
                     said[f"taught_{family.name}"] = int(chosen.sum())
