@@ -220,12 +220,18 @@ def test_uncompressed_is_exact_and_charged_its_tag():
 @pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].ratios == RATIOS])
 def test_a_method_with_a_knob_meets_its_budget(method):
     for ratio in (10, 100):
-        found = measure(Bowl(), method, ratio, seed=1, rounds=2)
+        session, sizes = METHODS[method].make(plan_of(ratio)), []
+        for round_ in range(3):
+            for client in range(2):
+                update = noise(10 * round_ + client, 0.01)
+                decoded, data = session.encode(client, round_, update, {})
+                sizes.append(len(data) + TAG_BYTES + session.codec_bytes / 40)
+                assert any(tensor.any() for tensor in decoded.values())
+            session.end_round(decoded)
 
-        assert 0.85 * ratio <= found.ratio, method
-        # QSGD has whole levels only, and light-tailed codes take what they take.
-        assert found.ratio <= (3.0 if method == "qsgd" else 1.3) * ratio, method
-        assert found.cosine > 0.05, method
+        found = 4 * SIZE / np.mean(sizes)
+        # QSGD has whole levels only.
+        assert 0.9 * ratio <= found <= (3.0 if method == "qsgd" else 1.2) * ratio, (method, found)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +384,9 @@ def test_the_whole_benchmark_on_toy_texts(data, tmp_path, monkeypatch, capsys):
     assert "6/6" in said
     assert "symbiont</text>" in out.with_suffix(".svg").read_text()
     side = json.loads(out.with_suffix(".json").read_text())
-    start, end = side["rows"][0]["losses"][0][1], side["rows"][0]["losses"][-1][1]
-    assert end < start
+    for r, entry in zip(rows, side["rows"], strict=True):
+        if r["method"] == "uncompressed":
+            assert entry["losses"][-1][1] < entry["losses"][0][1]
 
 
 def test_missing_files_are_named(tmp_path, capsys):
