@@ -300,8 +300,9 @@ class Runner:
         """Send refused tasks that now have other words: with what their device said it lacked."""
         for device, row in list(rows.items()):
             now = self._store.ask_of_task(row.task)
-            lacks = self._fleet.abilities.lacked(device, row.round)
-            if now is not None and now.state == "refused" and lacks:
+            if now is None or now.state != "refused":
+                continue
+            if self._fleet.abilities.lacked(device, row.round):
                 message = ask.message(device)
                 rows[device] = self._send(device, message, run=row.run, step=row.step, state="open")
 
