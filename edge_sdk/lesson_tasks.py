@@ -93,7 +93,8 @@ class LessonDesk(LearningDesk):
         if not settings.enabled:
             raise RuntimeFailure("training is switched off on this device")
         if settings.uplink_bytes_per_round:
-            raise RuntimeFailure("what this device may send in a round is for its own update")
+            reason = "what this device may send in a round is for its own update"
+            raise Lacking(reason, "allowance")
         if task.steps > settings.max_steps:
             raise RuntimeFailure(
                 f"{task.steps} steps are over this device's limit of {settings.max_steps}"
