@@ -97,6 +97,16 @@ class Layout:
             spans[kind] = slice(spans[kind].start if kind in spans else rows.start, rows.stop)
         return spans
 
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Each tensor's shape as the matrix that its rows hold: LoRA's factors are (r, long)."""
+        found = []
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            stored = shape[::-1] if _transposed(name, shape) else shape
+            first = stored[0] if len(stored) > 1 else 1
+            found.append((first, math.prod(stored) // first))
+        return tuple(found)
+
     @cached_property
     def hash(self) -> bytes:
         """SHA-256 of names, shapes and block length."""

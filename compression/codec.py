@@ -1,15 +1,16 @@
 """The update codec: an adapter's change in, few bytes out, and back. Knows numpy and constriction.
 
-Does not know torch, messages, rounds or who learns when. Three kinds of codec share one class:
-identity (float32, bit-exact), dead-zone (nothing learned: for the first rounds and as a fallback)
-and learned (a linear autoencoder per kind of factor before the same quantizer and range coder).
+Does not know torch, messages, rounds or who learns when. Four kinds of codec share one class:
+identity (float32, bit-exact), dead-zone (nothing learned: for the first round and as a fallback),
+learned (a linear autoencoder per kind of factor, sent as a file) and moving (an eigenbasis that
+both sides derive from the adapter's last changes), all before the same quantizer and range coder.
 
 Encoding goes: add what error feedback still owes, code the sum (`coder.py`), keep the remainder.
 """
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +21,12 @@ import numpy.typing as npt
 from compression import codec_file
 from compression.basis import Basis, learn
 from compression.blocks import F32, Layout, Tensors
-from compression.coder import Coder, Draft, EncoderSession
+from compression.coder import Coder, Draft
 from compression.errors import CodecError, TooFewBytes
 from compression.feedback import FeedbackState
 from compression.header import Header, Method, decode_header, header_bytes
+from compression.moving import WINDOW, MovingBasis
+from compression.transforms import EncoderSession
 
 __all__ = ["Compressor", "Encoded", "EncoderSession", "FeedbackState", "Layout", "Method"]
 
@@ -41,7 +44,8 @@ class Encoded:
     """An encoded update.
 
     data: what is sent. decoded: what the coordinator will read. cosine: of decoded against the
-    update plus what error feedback owed, in [-1, 1]. method: "identity", "dead-zone", "learned".
+    update plus what error feedback owed, in [-1, 1]. method: "identity", "dead-zone", "learned" or
+    "moving".
     """
 
     data: bytes
@@ -54,10 +58,15 @@ class Compressor:
     """An immutable codec for one layout of tensors; `codec_id` names its exact content."""
 
     def __init__(
-        self, layout: Layout, method: Method, *, basis: Basis | None = None, ratio: float = RATIO
+        self,
+        layout: Layout,
+        method: Method,
+        *,
+        basis: Basis | MovingBasis | None = None,
+        ratio: float = RATIO,
     ) -> None:
-        if (method is Method.LEARNED) != (basis is not None):
-            raise CodecError("a learned codec needs its basis, any other has none")
+        if _BASES.get(method, type(None)) is not type(basis):
+            raise CodecError("a learned or moving codec needs its basis, any other has none")
         if not 1.0 <= ratio <= 1e6:
             raise CodecError(f"ratio {ratio} is not in 1..1000000")
         self.layout, self.method, self.basis, self.ratio = layout, method, basis, float(ratio)
@@ -98,6 +107,24 @@ class Compressor:
         layout = layout or Layout.of(updates[0])
         basis = learn(updates, layout, width=width or layout.block, encoders=encoders)
         return cls(layout, Method.LEARNED, basis=basis, ratio=ratio)
+
+    @classmethod
+    def moving(
+        cls, changes: Sequence[Tensors], *, layout: Layout | None = None, ratio: float = RATIO
+    ) -> "Compressor":
+        """The codec that follows from the common adapter's last changes, oldest first.
+
+        Nothing is sent for it: all who hold the same last changes bit for bit (`downlink.py`) make
+        the same codec, with the same `codec_id`. Of more than `moving.WINDOW` the last count.
+
+        Raises:
+            CodecError: no changes, or none that is not zero.
+        """
+        kept = tuple(changes)[-WINDOW:]
+        if not kept:
+            raise CodecError("a moving codec needs at least one change of the adapter")
+        layout = layout or Layout.of(kept[0])
+        return cls(layout, Method.MOVING, basis=MovingBasis(layout, kept), ratio=ratio)
 
     # --- encode and decode --------------------------------------------------------------------
 
@@ -162,7 +189,7 @@ class Compressor:
 
     @staticmethod
     def method_of(data: bytes) -> str:
-        """What made the codes, by their header: "identity", "dead-zone" or "learned".
+        """What made the codes, by their header: "identity", "dead-zone", "learned" or "moving".
 
         Raises:
             CodecError: the header is damaged.
@@ -181,11 +208,20 @@ class Compressor:
 
     @cached_property
     def codec_id(self) -> str:
-        """SHA-256 over the codec's file, 32 hexadecimal digits."""
+        """SHA-256 over the codec's file or what it is derived from, 32 hexadecimal digits."""
+        if isinstance(self.basis, MovingBasis):
+            seen = self.basis.digest + np.float64(self.ratio).tobytes()
+            return hashlib.sha256(seen).hexdigest()[:32]
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
-        """The codec as one safetensors blob."""
+        """The codec as one safetensors blob.
+
+        Raises:
+            CodecError: a moving codec, which is derived and never sent.
+        """
+        if isinstance(self.basis, MovingBasis):
+            raise CodecError("a moving codec has no file: derive it from the adapter's changes")
         return codec_file.dump(self.layout, int(self.method), self.ratio, self.basis)
 
     @classmethod
@@ -228,7 +264,7 @@ class Compressor:
         Raises:
             CodecError: nothing was learned.
         """
-        if self.basis is None:
+        if not isinstance(self.basis, Basis):
             raise CodecError("only a learned codec has an encoder to export")
         return codec_file.encoder_graph(self.layout, self.basis)
 
@@ -269,4 +305,7 @@ _METHOD_NAMES = {
     Method.IDENTITY: "identity",
     Method.DEAD_ZONE: "dead-zone",
     Method.LEARNED: "learned",
+    Method.MOVING: "moving",
 }
+
+_BASES = {Method.LEARNED: Basis, Method.MOVING: MovingBasis}

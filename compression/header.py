@@ -29,6 +29,7 @@ class Method(IntEnum):
     IDENTITY = 0
     DEAD_ZONE = 1
     LEARNED = 2
+    MOVING = 3
 
 
 @dataclass(frozen=True, slots=True)

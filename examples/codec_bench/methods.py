@@ -16,7 +16,7 @@ from compression.baselines.power_sgd import PowerSgd
 from compression.baselines.quantized import FourBit, Int8, Qsgd, Sign
 from compression.baselines.sparse import CountSketch, RandomProjection, TopK
 from examples.codec_bench.published import Published
-from examples.codec_bench.sessions import F32, DeadZone, Learned, Peer, Plan, Session, Whole
+from examples.codec_bench.sessions import F32, DeadZone, Learned, Moving, Peer, Plan, Session, Whole
 
 RATIOS = (10, 30, 100, 300, 1000)
 """Times fewer bytes than float32 that methods with a knob are set to."""
@@ -110,5 +110,6 @@ METHODS: dict[str, Method] = {
     "random projection": _share(lambda share: RandomProjection(share)),
     "count sketch": _share(lambda share: CountSketch(share)),
     "dead-zone": Method(DeadZone),
-    "symbiont": Method(Learned),
+    "symbiont": Method(Moving, version=2),
+    "symbiont autoencoder": Method(Learned),
 }

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from compression.baselines.method import Baseline
 from compression.blocks import Layout
 from compression.codec import Compressor, FeedbackState
+from compression.moving import WINDOW
 from compression.errors import CodecError
 
 F32 = npt.NDArray[np.float32]
@@ -176,8 +177,24 @@ class DeadZone:
         """Nothing is learned."""
 
 
+class Moving(DeadZone):
+    """The product's codec: plain codes in the first round, then the basis of the last changes.
+
+    Everyone holds the changes of the common adapter, so no codec is ever sent.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._changes: list[Update] = []
+
+    def end_round(self, mean: Update) -> None:
+        """Follow the adapter."""
+        self._changes = [*self._changes, dict(mean)][-WINDOW:]
+        self.codec = Compressor.moving(self._changes, layout=self.codec.layout)
+
+
 class Learned(DeadZone):
-    """The product's codec as its rounds use it: plain codes in the first round, then learned ones.
+    """The autoencoder that is sent as a file: plain codes in the first round, then learned ones.
 
     The codec is fitted once on the first round's decoded updates and sent to every device; where
     its file would take more than half of a device's budget for the run, the plain one stays.
@@ -186,14 +203,13 @@ class Learned(DeadZone):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self._seen: list[Update] = []
-        self._worth_it = True
 
     def encode(
         self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
     ) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         decoded, data = super().encode(client, round_, update, hints)
-        if self.codec.basis is None:
+        if round_ == 0:
             self._seen.append(decoded)
         return decoded, data
 
@@ -202,17 +218,13 @@ class Learned(DeadZone):
         return self._plan.allowance - self.codec_bytes // self._plan.rounds
 
     def end_round(self, mean: Update) -> None:
-        """After the first round, learn; after the next one, where there was nothing to learn."""
-        seen, self._seen = self._seen, []
-        if self.codec.basis is not None or not self._worth_it:
+        """After the first round, learn."""
+        if not self._seen:
             return
-        try:
-            learned = Compressor.fit(seen, layout=self.codec.layout)
-        except CodecError:  # every code of the round was empty
-            return
+        learned = Compressor.fit(self._seen, layout=self.codec.layout)
+        self._seen = []
         size = len(learned.to_bytes())
-        self._worth_it = 2 * size <= self._plan.allowance * self._plan.rounds
-        if self._worth_it:
+        if 2 * size <= self._plan.allowance * self._plan.rounds:
             self.codec, self.codec_bytes = learned, size
 
 
