@@ -1,6 +1,9 @@
 """Adapters go down as differences: bit-equal ends, missed rounds, restarts, codecs both know."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -10,12 +13,13 @@ from compression import formats
 from compression.codec import Compressor, FeedbackState
 from compression.downlink import digest_of
 from coordinator.abilities import Known
+from coordinator.config import AdapterSection
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.programs import Reply
 from edge_sdk.errors import Lacking
 from edge_sdk.train.held import HeldAdapters
 from edge_sdk.train.lora import LoraSpec, from_bytes
-from edge_sdk.wire.messages import AdapterUpdate, TrainAdapter
+from edge_sdk.wire.messages import AdapterUpdate, TrainAdapter, encode
 
 LAYOUT = {f"{i}.lora_{half}": (8, 64) if half == "A" else (64, 8) for i in "pq" for half in "AB"}
 SPEC = LoraSpec(8, 16.0, ("p", "q"))
@@ -305,3 +309,38 @@ def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
     exchange.learn_codec([fleet.began["a"]])
     assert not exchange.wants_codec
     assert exchange.codec.codec_id != aged
+
+
+def test_an_adapter_update_is_below_one_percent_of_the_shipped_model(
+    record_property: Callable[[str, object], None],
+) -> None:
+    """The whole task message, at the default settings, against the files of examples/models."""
+    folder = Path(__file__).parent.parent / "examples/models/slm-a"
+    shape = json.loads((folder / "config.json").read_text())
+    wide, inner = shape["hidden_size"], shape["intermediate_size"]
+    sizes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (wide, wide))
+    sizes |= {"gate_proj": (inner, wide), "up_proj": (inner, wide), "down_proj": (wide, inner)}
+    adapter = AdapterSection()
+    layout = {}
+    for layer in range(shape["num_hidden_layers"]):
+        for name, (out, width) in sizes.items():
+            layout[f"model.layers.{layer}.{name}.lora_A"] = (adapter.rank, width)
+            layout[f"model.layers.{layer}.{name}.lora_B"] = (out, adapter.rank)
+    spec = LoraSpec(adapter.rank, adapter.alpha, tuple(sizes))
+    exchange = AdapterExchange(
+        "slm", layout, spec, seed=1, down_ratio=adapter.down_ratio, about=lambda *_: NEW
+    )
+    exchange.start(0, "base", HOW)
+    rng = np.random.default_rng(0)
+    moved = {k: v + rng.normal(0, 0.01, v.shape) for k, v in exchange.factors.items()}
+    exchange.set_global({k: v.astype(np.float32) for k, v in moved.items()})
+
+    task = exchange.start(1, "base", HOW)("a")
+
+    without_codec = len(encode(msgspec.structs.replace(task, codec=b"")))
+    model = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".md")
+    whole = 2 * sum(a * b for a, b in layout.values())
+    record_property("bytes", f"update {without_codec}, whole adapter {whole}, model {model}")
+    assert set(adapter.targets) == set(sizes)
+    assert without_codec < 0.01 * model
+    assert whole > 0.05 * model
