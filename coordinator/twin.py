@@ -1,10 +1,11 @@
-"""The server's copy of one SLM family, on the very int4 weights its devices run.
+"""The server's copy of one SLM family, on the very quantized weights its devices run.
 
 Knows the bundle's model, the task, the global factors and the newest factors of each device. Does
 not know where they came from or what is done with its scores.
 
 One base model is held; a replica of a device is that base with the device's factors put in place.
-CrossLM's feedback (PAPERS.md 1) so runs on the coordinator, with no text sent to any device.
+CrossLM's feedback (PAPERS.md 1) so runs on the coordinator, with no text sent to any device. An
+encoder's twin differs in its reader and model alone (`edge_sdk.train.kinds`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compression.int4_torch import load_slm
 from edge_sdk.errors import ConfigError
+from edge_sdk.train.kinds import opened
 from edge_sdk.train.lora import Adapter, Factors, Layout, LoraSpec, start_factors, wire_exact
 from edge_sdk.train.text_task import TaskReader, label_probs
 from edge_sdk.wire.messages import TextTask
@@ -74,14 +75,14 @@ class Twin:
         temperature: float = 1.0,
         dtype: torch.dtype = torch.bfloat16,
     ) -> "Twin":
-        """The twin of the release in `bundle_dir`, with its int4 weights and tokenizer.
+        """The twin of the release in `bundle_dir`, decoder or encoder, with its own weights.
 
         Raises:
-            WeightsError: the bundle's weights do not fit its configuration.
+            RuntimeFailure: the bundle's weights do not fit its configuration, or an encoder has no
+                classifier or lacks a label of the task.
             ConfigError: the task does not fit the tokenizer, or the targets not the model.
         """
-        reader = TaskReader.from_folder(task, bundle_dir)
-        model = load_slm(bundle_dir, dtype=dtype)
+        model, reader = opened(bundle_dir, task, dtype=dtype)
         return cls(family, model, reader, spec, seed=seed, temperature=temperature)
 
     @property

@@ -1,5 +1,6 @@
 """train: an encoder learns on a device by the same trainer, codec and twin as a decoder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,14 @@ import torch
 from compression.codec import Compressor, FeedbackState, Layout
 from coordinator.twin import Twin
 from edge_sdk.encoders import EncoderSession
-from edge_sdk.errors import DataError, RuntimeFailure
+from edge_sdk.errors import DataError, Postponed, RuntimeFailure
 from edge_sdk.measure import Stopwatch
 from edge_sdk.train import lora
-from edge_sdk.train.encoder_task import (
-    EncoderReader,
-    open_encoder,
-    train_encoder_locally,
-    trainer_for,
-)
-from edge_sdk.train.local import Means
+from edge_sdk.train.encoder_task import EncoderReader
+from edge_sdk.train.kinds import opened
+from edge_sdk.train.local import Means, rows_locally, train_locally
 from edge_sdk.train.text_task import accuracy, label_probs
-from edge_sdk.wire.messages import TextTask, TrainAdapter
+from edge_sdk.wire.messages import TextTask, TopLogits, TrainAdapter
 from exporters.bundle import read_manifest, write_adapter_release
 from tests.encoders_tiny import LABELS, TASK, TEXTS, exported
 
@@ -57,21 +54,28 @@ def _order(**changes: object) -> TrainAdapter:
     return TrainAdapter(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def _train(bundle: Path, **changes: object) -> lora.Factors:
-    return train_encoder_locally(
+def _train(
+    bundle: Path,
+    *,
+    checkpoint: Path | None = None,
+    gate: Callable[[], None] | None = None,
+    **changes: object,
+) -> lora.Factors:
+    return train_locally(
         _order(**changes),
         bundle,
         TASK,
         EXAMPLES,
         [],
-        means=Means(max_tokens=32),
+        means=Means(max_tokens=32, checkpoint=checkpoint, checkpoint_s=0.0),
         seed=3,
         watch=Stopwatch(),
+        gate=gate,
     )
 
 
 def test_torch_says_what_the_graph_says_and_no_label_is_read() -> None:
-    model, reader = open_encoder(exported("modernbert"), TASK, dtype=torch.float32)
+    model, reader = opened(exported("modernbert"), TASK, dtype=torch.float32)
     lora.Adapter(model, SPEC)  # LoRA layers at zero change nothing
 
     probs = label_probs(model, reader, TEXTS).numpy()
@@ -97,7 +101,7 @@ def test_a_whole_round_from_examples_to_an_adapter_on_the_device(tmp_path: Path)
         Layout(tuple(change), tuple(tuple(v.shape) for v in change.values()))
     )
     code = codec.encode(change, FeedbackState(), 0).data
-    model, reader = open_encoder(bundle, TASK, dtype=torch.float32)
+    model, reader = opened(bundle, TASK, dtype=torch.float32)
     twin = Twin("tiny", model, reader, SPEC, seed=1)
     before = twin.accuracy(texts, labels)
     twin.set_global(lora.add(twin.factors, codec.decode(code)))
@@ -121,6 +125,36 @@ def test_the_same_order_gives_the_same_change() -> None:
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
 
+def test_put_off_it_goes_on_where_it_was_to_the_same_change(tmp_path: Path) -> None:
+    bundle, kept, steps = exported("modernbert"), tmp_path / "checkpoint", []
+
+    def gate(stop_at: int) -> Callable[[], None]:
+        def look() -> None:
+            if len(steps) == stop_at:
+                raise Postponed("not now")
+            steps.append(1)
+
+        return look
+
+    with pytest.raises(Postponed):
+        _train(bundle, steps=6, checkpoint=kept, gate=gate(4))
+    assert kept.exists()
+    steps.clear()
+    change = _train(bundle, steps=6, checkpoint=kept, gate=gate(-1))
+
+    assert len(steps) == 2
+    assert not kept.exists()
+    whole = _train(bundle, steps=6)
+    assert all(np.array_equal(change[name], whole[name]) for name in whole)
+
+
+def test_it_says_nothing_of_next_tokens() -> None:
+    task = TopLogits("logits", 0, "tiny", "r1", ("a boat",), ("open",), 4)
+
+    with pytest.raises(RuntimeFailure, match="release r1 is an encoder"):
+        rows_locally(_order(), task, exported("modernbert"), TASK, means=Means(), watch=Stopwatch())
+
+
 def test_an_order_starts_from_the_adapter_it_brings() -> None:
     bundle = exported("modernbert")
     plain = _train(bundle, steps=2)
@@ -135,23 +169,21 @@ def test_what_does_not_fit_is_refused() -> None:
     bundle = exported("modernbert")
     strange = TextTask("t", "{text}", "{label}", ("shut",), (" shut",))
     with pytest.raises(RuntimeFailure, match="no label 'shut' of task t"):
-        open_encoder(bundle, strange, dtype=torch.float32)
-    _, reader = open_encoder(bundle, TASK, dtype=torch.float32)
+        opened(bundle, strange, dtype=torch.float32)
+    _, reader = opened(bundle, TASK, dtype=torch.float32)
     with pytest.raises(DataError, match="label 'shut' is not of task kind"):
         reader.labelled(["a door"], ["shut"])
     assert isinstance(reader, EncoderReader)
     assert len(reader.prompts(["boat " * 99])[0]) == 48
 
 
-def test_accuracy_and_the_choice_of_trainer(tmp_path: Path) -> None:
-    model, reader = open_encoder(exported("bert"), _four(), dtype=torch.float32)
+def test_what_torch_finds_likeliest_is_what_the_graph_finds() -> None:
+    model, reader = opened(exported("bert"), _four(), dtype=torch.float32)
 
     with EncoderSession(exported("bert"), task=_four()) as session:
         found = session.classify_many(TEXTS)
 
     assert accuracy(model, reader, TEXTS, found) == 1.0
-    assert trainer_for(exported("bert")) is train_encoder_locally
-    assert trainer_for(tmp_path) is not train_encoder_locally
 
 
 def _four() -> TextTask:

@@ -9,26 +9,18 @@ below L + 1 from what it reads and gives L + 1 logits at every place. So no labe
 everything written for decoders serves as it is.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from compression.errors import WeightsError
-from compression.int4_torch import load_slm
 from edge_sdk.encoders import columns_of
 from edge_sdk.errors import ConfigError, RuntimeFailure
-from edge_sdk.measure import Stopwatch
-from edge_sdk.prompts import Tokens, load_tokenizer
-from edge_sdk.sessions import is_encoder
-from edge_sdk.train import lora
-from edge_sdk.train.local import Means, quickest_dtype, train_locally
-from edge_sdk.train.text_task import MAX_TOKENS, TaskReader
-from edge_sdk.train.trainer import Gate, Labelled, Progress, Weighted, train_adapter
-from edge_sdk.wire.messages import TextTask, TrainAdapter
+from edge_sdk.prompts import Tokens
+from edge_sdk.train.text_task import TaskReader
+from edge_sdk.wire.messages import TextTask
 
 NEVER = -1e4
 """Logit of padding, which is no label."""
@@ -58,30 +50,16 @@ class EncoderReader(TaskReader):
         return [[first + i for i in row.ids] for row in self.tokenizer.encode_batch(list(texts))]
 
 
-def open_encoder(
-    bundle: Path, task: TextTask, *, max_tokens: int = MAX_TOKENS, dtype: torch.dtype
-) -> tuple[Any, EncoderReader]:
-    """Return the bundle's model, ready for `lora.Adapter`, and the reader of its texts.
+def speaking(model: Any, task: TextTask) -> Any:
+    """Return `model`, changed in place to answer like a language model whose words are the labels.
 
     Raises:
-        RuntimeFailure: the bundle's weights cannot be trained on, or lack a label of the task.
-        ConfigError: as `EncoderReader`, or the tokenizer cannot be read.
+        RuntimeFailure: it has no classifier, or that lacks a label of the task.
     """
-    try:
-        model = load_slm(bundle, dtype=dtype)
-    except WeightsError as exc:
-        raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
-    config = model.config
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise RuntimeFailure("the bundle cannot be trained on: its encoder has no classifier")
+    config = model.config
     columns = columns_of(task, [config.id2label[i] for i in range(config.num_labels)])
-    context = int(getattr(config, "max_position_embeddings", max_tokens))
-    reader = EncoderReader(task, load_tokenizer(bundle), max_tokens=min(max_tokens, context))
-    return _speaking(model, columns), reader
-
-
-def _speaking(model: Any, columns: list[int]) -> Any:
-    """`model`, changed in place to answer like a language model whose words are the labels."""
     place, classify, first = nn.Identity(), model.forward, len(columns) + 1
 
     def forward(input_ids: torch.Tensor, use_cache: bool = False) -> SimpleNamespace:
@@ -95,62 +73,3 @@ def _speaking(model: Any, columns: list[int]) -> Any:
     model.forward = forward
     model.get_output_embeddings = lambda: place
     return model
-
-
-def train_encoder_locally(
-    order: TrainAdapter,
-    bundle: Path,
-    task: TextTask,
-    examples: Sequence[Labelled],
-    synthetic: Sequence[Weighted],
-    *,
-    means: Means,
-    seed: int,
-    watch: Stopwatch,
-    progress: Progress | None = None,
-    gate: Gate | None = None,
-) -> lora.Factors:
-    """As `train_locally`, for an encoder; `means` brings threads and tokens, and with a ceiling on
-    memory the weights are held in 16 bits. A training that was cut off begins anew.
-
-    Raises:
-        RuntimeFailure: the bundle's weights cannot be trained on.
-        Postponed: `gate` says not now.
-        RemoteProtocolError: the order's adapter is not one of this model.
-        ConfigError: the order's targets do not fit the model.
-        DataError: no examples, or a label that is not of the task.
-    """
-    if means.threads:
-        torch.set_num_threads(means.threads)
-    torch.manual_seed(seed)
-    with watch.stage("load"):
-        dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
-        model, reader = open_encoder(bundle, task, max_tokens=means.max_tokens, dtype=dtype)
-        spec = lora.LoraSpec(rank=order.rank, alpha=order.alpha, targets=order.targets)
-        adapter = lora.Adapter(model, spec)
-        start = (
-            lora.from_bytes(order.adapter)
-            if order.adapter
-            else lora.start_factors(adapter.layout, order.adapter_seed)
-        )
-        adapter.load(start)
-    with watch.stage("train"):
-        result = train_adapter(
-            adapter,
-            reader,
-            examples,
-            steps=order.steps,
-            batch=order.batch,
-            lr=order.lr,
-            seed=seed,
-            synthetic=synthetic,
-            synthetic_weight=order.synthetic_weight,
-            progress=progress,
-            gate=gate,
-        )
-    return lora.delta(result.factors, start)
-
-
-def trainer_for(bundle: Path) -> Callable[..., lora.Factors]:
-    """`train_encoder_locally` or `train_locally`, by what the bundle holds."""
-    return train_encoder_locally if is_encoder(bundle) else train_locally

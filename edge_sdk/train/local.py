@@ -13,13 +13,14 @@ import torch
 
 from compression.errors import WeightsError
 from compression.int4 import WEIGHTS_FILE
-from compression.int4_torch import held_bytes, load_slm
+from compression.int4_torch import held_bytes
 from edge_sdk.algorithms.logit_rows import LogitTable
 from edge_sdk.algorithms.vocabulary import Vocabulary
 from edge_sdk.errors import FleetError, RuntimeFailure, StorageError
 from edge_sdk.measure import Stopwatch
 from edge_sdk.train import lora, memory, teaching
 from edge_sdk.train.checkpoint import Checkpoint, key_of
+from edge_sdk.train.kinds import kind_of
 from edge_sdk.train.text_task import TaskReader, padded_width
 from edge_sdk.train.trainer import (
     Gate,
@@ -60,10 +61,12 @@ def train_locally(
     """Return the change of the adapter's factors, {name: float32 (r, in) or (out, r)}.
 
     A call that was cut off, by a kill or by `gate`, goes on when it is made again with the same
-    arguments and `means.checkpoint`, and ends with the same change bit for bit.
+    arguments and `means.checkpoint`, and ends with the same change bit for bit. An encoder's
+    memory is not predicted: a ceiling on it only has the weights held in 16 bits.
 
     Raises:
-        RuntimeFailure: the bundle's weights cannot be trained on, or not in so little memory.
+        RuntimeFailure: the bundle's weights cannot be trained on, or not in so little memory, or
+            it is an encoder that lacks a label of the task.
         Postponed: `gate` says not now.
         RemoteProtocolError: the order's adapter is not one of this model.
         ConfigError: the order's targets do not fit the model.
@@ -74,10 +77,13 @@ def train_locally(
     torch.manual_seed(seed)
     with watch.stage("load"):
         spec = lora.LoraSpec(rank=order.rank, alpha=order.alpha, targets=order.targets)
-        reader = TaskReader.from_folder(task, bundle, max_tokens=means.max_tokens)
-        way = _way(order, spec, bundle, reader, examples, synthetic, means)
+        kind = kind_of(bundle)
+        reader = kind.reader.from_folder(task, bundle, max_tokens=means.max_tokens)
+        way = memory.Way()
+        if means.memory_mb and examples and kind.writes:
+            way = _way(order, spec, bundle, reader, examples, synthetic, means)
         dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
-        adapter = lora.Adapter(_model(bundle, packed=way.packed, dtype=dtype), spec)
+        adapter = lora.Adapter(kind.model(bundle, task, packed=way.packed, dtype=dtype), spec)
         if way.again:
             memory.compute_again(adapter.model)
         start = (
@@ -149,18 +155,24 @@ def rows_locally(
     """What the trained adapter recorded in `own` says of the task's texts, and the vocabulary size.
 
     Raises:
-        RuntimeFailure: the bundle's weights cannot be trained on.
+        RuntimeFailure: the bundle's weights cannot be trained on, or it is an encoder.
         DataError: a label of no task, or a whole text that is too long.
     """
+    kind = kind_of(bundle)
+    if not kind.writes:
+        raise RuntimeFailure(
+            f"release {task.release} is an encoder, which says nothing of next tokens; ask Score"
+        )
     if means.threads:
         torch.set_num_threads(means.threads)
     with watch.stage("load"):
         spec = lora.LoraSpec(rank=own.rank, alpha=own.alpha, targets=own.targets)
         dtype = torch.bfloat16 if means.memory_mb else quickest_dtype()
         packed = means.memory_mb > 0 and not _plain_fits(bundle, means, dtype)
-        adapter = lora.Adapter(_model(bundle, packed=packed, dtype=dtype), spec)
+        model = kind.model(bundle, text_task, packed=packed, dtype=dtype)
+        adapter = lora.Adapter(model, spec)
         adapter.load(lora.from_bytes(own.adapter))
-        reader = TaskReader.from_folder(text_task, bundle, max_tokens=means.max_tokens)
+        reader = kind.reader.from_folder(text_task, bundle, max_tokens=means.max_tokens)
     pairs = list(zip(task.texts, task.labels, strict=True))
     rows = teaching.lesson_texts(reader, pairs, whole=task.whole)
     vocabulary = len(Vocabulary.of(reader.tokenizer))
@@ -176,13 +188,6 @@ def quickest_dtype() -> torch.dtype:
     able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     found = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if found else torch.float32
-
-
-def _model(bundle: Path, *, packed: bool, dtype: torch.dtype) -> object:
-    try:
-        return load_slm(bundle, packed=packed, dtype=dtype)
-    except WeightsError as exc:
-        raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
 
 
 def _plain_fits(bundle: Path, means: Means, dtype: torch.dtype) -> bool:
@@ -202,8 +207,6 @@ def _way(
     synthetic: Sequence[Weighted],
     means: Means,
 ) -> memory.Way:
-    if not means.memory_mb or not examples:
-        return memory.Way()
     given = synthetic if order.synthetic_weight > 0 else []
     pairs = [*examples, *((text, label) for text, label, _ in given)]
     seen = reader.labelled([text for text, _ in pairs], [label for _, label in pairs])
