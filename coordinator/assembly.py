@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from coordinator.abilities import About, nothing_known
 from coordinator.algorithms.crosslm import CrossLMConfig, crosslm
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.algorithms.fedmkt import FedMktConfig, fedmkt
@@ -39,9 +40,10 @@ def program_of(
     base: str,
     crews: Mapping[str, tuple[str, ...]],
     events: Events,
+    about: About = nothing_known,
 ) -> ProgramFactory:
     """Return the factory of the configured program over `crews`, the devices of each family, whose
-    bundle is `base`.
+    bundle is `base`; `about` says what devices read and lack.
 
     Raises:
         ConfigError: settings that do not fit the models, or two families for fedavg.
@@ -57,7 +59,7 @@ def program_of(
     def factory(resume: Commit | None) -> Program:
         _take_threads(config)
         families = [
-            _family(config, folder, base, section, crews[section.name], judged, events)
+            _family(config, folder, base, section, crews[section.name], judged, events, about)
             for section in config.families
         ]
         return build(config, folder, families, public, judged, events, resume)
@@ -77,13 +79,22 @@ def _family(
     crew: tuple[str, ...],
     judged: Rows,
     events: Events,
+    about: About,
 ) -> Family:
     bundle, spec = folder / "bundles" / section.name / base, _spec(config)
     seed, dtype = config.program.seed, quickest_dtype()
     twin = Twin.from_bundle(section.name, bundle, config.task, spec, seed=seed, dtype=dtype)
     return Family(
         twin,
-        AdapterExchange(section.name, twin.layout, spec, seed=seed, rule=_rule(config)),
+        AdapterExchange(
+            section.name,
+            twin.layout,
+            spec,
+            seed=seed,
+            rule=_rule(config),
+            down_ratio=config.adapter.down_ratio,
+            about=about,
+        ),
         crew,
         base,
         _adapter_packager(folder, section, bundle, spec),

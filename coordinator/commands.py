@@ -140,13 +140,29 @@ def _status(arguments: argparse.Namespace) -> int:
             },
             "waiting_letters": len(desk.mailbox.pending()),
             "notes": [e for e in desk.store.events(last=200) if e["event"] == "note"][-5:],
+            "traffic": _traffic(desk.store.events(last=2000)),
         }
     lines = [f"tenant {status['tenant']}"]
     lines += [f"device {name}: {state}" for name, state in status["devices"].items()]
     lines += [f"run {r['run']}: {r['commits']} commits, {r['state']}" for r in status["runs"]]
     lines += [f"release {family}: {name}" for family, name in status["releases"].items()]
+    lines += [
+        f"run {t['run']}, round {t['round']}: updates {t['bytes_up']} B up, "
+        f"adapters and codecs {t['bytes_down']} B down"
+        for t in status["traffic"][-5:]
+    ]
     _show(arguments, status, "\n".join(lines))
     return 0
+
+
+def _traffic(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Bytes by round: updates up, adapters and codecs down; before seals and transport."""
+    names = ("run", "round", "bytes_up", "bytes_down")
+    return [
+        {name: event[name] for name in names}
+        for event in events
+        if event["event"] == "note" and all(name in event for name in names)
+    ]
 
 
 def _lineage(arguments: argparse.Namespace) -> int:

@@ -198,6 +198,15 @@ class AdapterSection(Struct, frozen=True, forbid_unknown_fields=True):
         float,
         Meta(ge=0, le=10_000, description="Compress updates to 1/ratio of float32; 0: no target."),
     ] = 16.0
+    down_ratio: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=10_000,
+            description="Send the new adapter as its change, in 1/down_ratio of float32, 2 or more "
+            "(the coordinator then goes on with what devices read); 0: whole, as float16.",
+        ),
+    ] = 20.0
 
 
 class DefenceSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -399,6 +408,11 @@ class CoordinatorConfig(Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(
                 f"{source}: task.words has {len(self.task.words)} entries for "
                 f"{len(self.task.labels)} task.labels; give one word per label"
+            )
+        if 0 < self.adapter.down_ratio < 2:
+            raise ConfigError(
+                f"{source}: adapter.down_ratio = {self.adapter.down_ratio} is below 2, which whole "
+                "float16 adapters reach; use 0 for those, or 2 and more"
             )
         if self.program.need > self.program.cohort:
             raise ConfigError(

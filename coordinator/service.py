@@ -153,7 +153,8 @@ class Service:
         with self.events.stage("load"):
             from coordinator.assembly import program_of  # torch is loaded only now
 
-            factory = program_of(self.config, self.desk.folder, BASE, crews, self.events)
+            about = self.desk.fleet.abilities.about
+            factory = program_of(self.config, self.desk.folder, BASE, crews, self.events, about)
         return self._run(factory, self.config.program.name)
 
     def start(self) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from edge_sdk.calibration import fit_temperature, tempered
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
-from edge_sdk.errors import RuntimeFailure
-from edge_sdk.handled import CODEC, FEEDBACK, OWN, SYNTHETIC, Event, Handled, Recall
+from edge_sdk.errors import Lacking, RuntimeFailure
+from edge_sdk.handled import ADAPTERS, CODEC, FEEDBACK, OWN, SYNTHETIC, Event, Handled, Recall
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.train.policy import Gate, Policy, Spare
@@ -21,6 +21,7 @@ from edge_sdk.wire.messages import (
     AdapterUpdate,
     LogitRows,
     OfferData,
+    Refused,
     Score,
     Scores,
     TeachAdapter,
@@ -115,7 +116,10 @@ class LearningDesk:
     def train(self, order: TrainAdapter) -> Handled:
         """Train on this device's examples and return the encoded change.
 
+        Where not even its headers fit the allowance, nothing is sent and all of it is owed.
+
         Raises:
+            Lacking: the order's adapter or codec is not here; sent whole, it can be done.
             RuntimeFailure: switched off, over the limits, or nothing to train on.
             DataError: the examples do not serve the task.
             Postponed: the device's policy asks to wait; to be tried again.
@@ -133,11 +137,16 @@ class LearningDesk:
             raise RuntimeFailure("this device has no examples to train on")
         codec, feedback = self._codec(order)
         try:
-            from edge_sdk.train.local import Means, train_locally, with_change
+            from edge_sdk.train.encoder_task import trainer_for
+            from edge_sdk.train.held import HeldAdapters
+            from edge_sdk.train.local import Means, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
         if self._gate is not None:
             self._gate()  # before memory is taken
+        adapters = HeldAdapters.from_bytes(self._recall(ADAPTERS))
+        shapes = zip(codec.layout.names, codec.layout.shapes, strict=True)
+        order = adapters.begin(order, {name: (shape[0], shape[-1]) for name, shape in shapes})
         watch = Stopwatch()
         offered = self._synthetic()
         extra = (
@@ -145,7 +154,7 @@ class LearningDesk:
             if offered
             else []
         )
-        change = train_locally(
+        change = trainer_for(Path(held.bundle))(
             order,
             Path(held.bundle),
             self._task,
@@ -163,11 +172,18 @@ class LearningDesk:
             progress=self._progress(order.task_id),
             gate=self._gate,
         )
-        from compression.errors import CodecError
+        from compression.errors import CodecError, TooFewBytes
 
+        own = encode(with_change(order, change))
+        kept = {ADAPTERS: adapters.to_bytes(), CODEC: codec.to_bytes(), OWN: own}
+        target = min(filter(None, (order.bytes_target, settings.uplink_bytes_per_round)), default=0)
         with watch.stage("encode"):
             try:
-                encoded = codec.encode(change, feedback, order.bytes_target)
+                encoded = codec.encode(change, feedback, target)
+            except TooFewBytes as exc:
+                feedback.owe(codec.layout.pack(change), codec.layout)
+                kept[FEEDBACK] = feedback.to_bytes()
+                return Handled((self._kept_back(order, exc),), kept)
             except CodecError as exc:
                 raise RuntimeFailure(f"the update cannot be encoded: {exc}") from exc
         update = AdapterUpdate(
@@ -181,10 +197,19 @@ class LearningDesk:
             cosine=max(-1.0, min(1.0, encoded.cosine)),
             seconds=watch.seconds,
             peak_mb=peak_mb(),
+            holds=order.digest,
         )
         self._tell({"event": "trained", "task": order.task_id, "bytes": len(encoded.data)})
-        remember = {FEEDBACK: feedback.to_bytes(), CODEC: codec.to_bytes()}
-        return Handled((update,), remember | {OWN: encode(with_change(order, change))})
+        return Handled((update,), kept | {FEEDBACK: feedback.to_bytes()})
+
+    def _kept_back(self, order: TrainAdapter, exc: Exception) -> Refused:
+        reason = (
+            f"{exc}; train.uplink_bytes_per_round here is "
+            f"{self._config.train.uplink_bytes_per_round} (0: no limit), the coordinator allows "
+            f"{order.bytes_target}; raise the lower one. What was learned is owed and sent later"
+        )
+        self._tell({"event": "refused", "task": order.task_id, "reason": reason})
+        return Refused(order.task_id, reason, ("allowance",))
 
     def top_logits(self, task: TopLogits) -> Handled:
         """Say what the adapter trained in the task's round finds likeliest on public texts.
@@ -245,7 +270,8 @@ class LearningDesk:
         except CodecError as exc:
             raise RuntimeFailure(f"the codec cannot be used: {exc}") from exc
         if codec is None or codec.codec_id != order.codec_id:
-            raise RuntimeFailure(f"codec {order.codec_id} is not here and was not sent along")
+            reason = f"codec {order.codec_id} is not here and was not sent along"
+            raise Lacking(reason, "codec")
         try:
             feedback = FeedbackState.from_bytes(self._recall(FEEDBACK))
             feedback.tensors(codec.layout)  # of this layout?

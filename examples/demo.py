@@ -451,6 +451,7 @@ def round_row(note: Event, updates: list[Event]) -> dict[str, float]:
         "round": note["round"] + 1,
         "bytes raw": raw,
         "bytes sent": sent,
+        "bytes down": note.get("bytes_down", 0),
         "fidelity": mean([u["cosine"] for u in updates]),
         "mean score": note.get("score", 0.0),
         "kept": note.get("kept", 0),

@@ -254,6 +254,7 @@ def crosslm(
             {
                 "round": step,
                 "devices": len(replies),
+                **fleet.traffic,
                 "discarded": round(merged.discarded, 6),
                 "score": round(float(np.mean(scores)), 4),
                 "kept": len(chosen),
