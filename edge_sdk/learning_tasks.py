@@ -137,9 +137,8 @@ class LearningDesk:
             raise RuntimeFailure("this device has no examples to train on")
         codec, feedback = self._codec(order)
         try:
-            from edge_sdk.train.encoder_task import trainer_for
             from edge_sdk.train.held import HeldAdapters
-            from edge_sdk.train.local import Means, with_change
+            from edge_sdk.train.local import Means, train_locally, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
         if self._gate is not None:
@@ -154,7 +153,7 @@ class LearningDesk:
             if offered
             else []
         )
-        change = trainer_for(Path(held.bundle))(
+        change = train_locally(
             order,
             Path(held.bundle),
             self._task,
