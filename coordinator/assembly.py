@@ -21,6 +21,7 @@ from coordinator.events import Events
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.families import Family, Package
 from coordinator.gate import Gate
+from coordinator.kinds import kind_of, model_folder, targets_of
 from coordinator.llm import Llm, Update
 from coordinator.programs import Commit, Program, ProgramFactory
 from coordinator.robust import Rule
@@ -30,8 +31,8 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.train.local import quickest_dtype
 from edge_sdk.train.lora import Factors, LoraSpec
 from edge_sdk.train.teaching import Lesson
+from edge_sdk.wire.manifest import ReleaseManifest
 from exporters.bundle import read_manifest, write_adapter_release
-from exporters.slm import SlmOptions, export_slm
 
 
 def program_of(
@@ -46,7 +47,7 @@ def program_of(
     bundle is `base`; `about` says what devices read and lack.
 
     Raises:
-        ConfigError: settings that do not fit the models, or two families for fedavg.
+        ConfigError: settings that do not fit the models.
         DataError: a text file that cannot be used.
     """
     name = config.program.name
@@ -81,7 +82,8 @@ def _family(
     events: Events,
     about: About,
 ) -> Family:
-    bundle, spec = folder / "bundles" / section.name / base, _spec(config)
+    bundle = folder / "bundles" / section.name / base
+    spec = _spec(config, section, read_manifest(bundle))
     seed, dtype = config.program.seed, quickest_dtype()
     twin = Twin.from_bundle(section.name, bundle, config.task, spec, seed=seed, dtype=dtype)
     return Family(
@@ -207,8 +209,9 @@ def _take_threads(config: CoordinatorConfig) -> None:
         torch.set_num_threads(config.service.threads)
 
 
-def _spec(config: CoordinatorConfig) -> LoraSpec:
-    return LoraSpec(config.adapter.rank, config.adapter.alpha, config.adapter.targets)
+def _spec(config: CoordinatorConfig, section: FamilySection, base: ReleaseManifest) -> LoraSpec:
+    targets = targets_of(config, section, base)
+    return LoraSpec(config.adapter.rank, config.adapter.alpha, targets)
 
 
 def _training(config: CoordinatorConfig) -> LocalTraining:
@@ -333,15 +336,15 @@ def _model_packager(
     def package(release: str, factors: Factors) -> Path:
         out = folder / "bundles" / family.name / release
         shutil.rmtree(out, ignore_errors=True)
+        base = model_folder(folder, family, config.task, seed=config.program.seed)
         with TemporaryDirectory(dir=folder, prefix=".merge-") as scratch:
-            merged = merge(Path(family.path), factors, spec, Path(scratch) / "model")
-            export_slm(
+            merged = merge(base, factors, spec, Path(scratch) / "model")
+            kind_of(merged).export(
                 merged,
                 out,
-                family=family.name,
+                section=family,
                 release=release,
                 task=config.task,
-                options=SlmOptions(accuracy_level=family.accuracy_level),
                 lineage={"program": config.program.name, "rounds": str(config.program.rounds)},
             )
         return out

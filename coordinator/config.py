@@ -355,8 +355,19 @@ class FamilySection(Struct, frozen=True, forbid_unknown_fields=True):
     ]
     accuracy_level: Annotated[
         Literal[1, 4],
-        Meta(description="4 multiplies in 8 bits on devices (fast), 1 in 32 bits (exact)."),
+        Meta(
+            description="4 multiplies in 8 bits on devices (fast), 1 in 32 bits (exact); an "
+            "encoder's bundle chooses layer by layer."
+        ),
     ] = 4
+    targets: Annotated[
+        tuple[Annotated[str, Meta(min_length=1, max_length=128)], ...],
+        Meta(
+            max_length=64,
+            description="Last names of the modules adapted in this family; empty: those of "
+            "[adapter], or every linear layer of an encoder.",
+        ),
+    ] = ()
 
 
 class TextsSection(Struct, frozen=True, forbid_unknown_fields=True):

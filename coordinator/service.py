@@ -20,6 +20,7 @@ from coordinator.algorithms.fedavg import mean_accuracy, measured
 from coordinator.config import CoordinatorConfig, FamilySection
 from coordinator.desk import Desk
 from coordinator.events import Events
+from coordinator.kinds import check_kinds, kind_of, model_folder, targets_of
 from coordinator.programs import Ask, Commit, Note, Program, ProgramFactory, Publish, Release
 from coordinator.replies import MOST_BYTES
 from coordinator.rollout import Book
@@ -31,7 +32,7 @@ from edge_sdk.link.base import Link
 from edge_sdk.link.courier import Courier
 from edge_sdk.link.dial import dial
 from edge_sdk.link.mqtt import MqttLink
-from exporters.slm import SlmOptions, export_slm
+from exporters.bundle import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Service:
     ) -> None:
         """`link` replaces the broker of the settings; events are written to `stream`."""
         config.check_paths()
+        check_kinds(config)
         self.config = config
         self.desk = Desk(config, now=now)
         self.registry = self.desk.registry()
@@ -181,6 +183,7 @@ class Service:
 
         Raises:
             ExportError: the model cannot be exported, or does not agree with torch.
+            ConfigError: it has none of the layers that are to be adapted.
         """
         found = self.registry.release(family.name, BASE)
         if found is not None:
@@ -188,17 +191,16 @@ class Service:
         folder = bundle_folder(self.desk.folder, family.name, BASE)
         with self.events.stage("export", family=family.name, release=BASE):
             if not folder.exists():
-                export_slm(
-                    Path(family.path),
-                    folder,
-                    family=family.name,
-                    release=BASE,
-                    task=self.config.task,
-                    options=SlmOptions(accuracy_level=family.accuracy_level),
-                )
+                self._export_base(family, folder)
+            targets_of(self.config, family, read_manifest(folder))
             release = self.registry.publish(Publish(family.name, BASE, folder))
         self.events("published", family=family.name, release=BASE)
         return release
+
+    def _export_base(self, family: FamilySection, folder: Path) -> None:
+        task, seed = self.config.task, self.config.program.seed
+        model = model_folder(self.desk.folder, family, task, seed=seed)
+        kind_of(model).export(model, folder, section=family, release=BASE, task=task, lineage={})
 
     def wait_for_devices(self) -> Crews:
         """Return each family's devices once enough are enrolled, and one of each family at least;

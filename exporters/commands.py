@@ -11,10 +11,10 @@ from pathlib import Path
 
 from edge_sdk.errors import ExportError
 from exporters import eora_commands
+from exporters.classifier import is_encoder
 
 Parsers = argparse._SubParsersAction  # argparse offers no public name for it
 
-_ENCODERS = ("ForSequenceClassification", "ForMaskedLM", "ForPreTraining", "BertModel")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 
 
@@ -66,16 +66,6 @@ def find_model(model: str) -> Path:
         raise ExportError(
             f"{model} is not a folder here, and the hub does not give it: {reason}"
         ) from exc
-
-
-def is_encoder(folder: Path) -> bool:
-    """Whether the Hugging Face folder holds an encoder, by its own config.json."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # the exporter says what is wrong with the folder
-    names = config.get("architectures") if isinstance(config, dict) else None
-    return any(str(name).endswith(_ENCODERS) for name in names or ())
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -51,9 +51,11 @@ def save_bert(folder: Path, *, kind: str = "ForSequenceClassification", **change
     return save_tiny_tokenizer(folder)
 
 
-def save_modernbert(folder: Path, **changes: Any) -> Path:
+def save_modernbert(
+    folder: Path, *, kind: str = "ForSequenceClassification", **changes: Any
+) -> Path:
     """A seeded ModernBERT with local and global attention, word pieces and the labels of TASK."""
-    from transformers import ModernBertConfig, ModernBertForSequenceClassification
+    import transformers
 
     settings: dict[str, Any] = {
         "vocab_size": 8192,
@@ -74,8 +76,8 @@ def save_modernbert(folder: Path, **changes: Any) -> Path:
         "label2id": {label: i for i, label in enumerate(LABELS)},
     }
     torch.manual_seed(7)
-    config = ModernBertConfig(**{**settings, **changes})
-    _save(ModernBertForSequenceClassification(config), folder)
+    config = transformers.ModernBertConfig(**{**settings, **changes})
+    _save(getattr(transformers, f"ModernBert{kind}")(config), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(WORD_PIECES / name, folder / name)
     return folder

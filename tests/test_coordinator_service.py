@@ -13,6 +13,7 @@ from coordinator_world import until
 from edge_world import TASK, example_set
 from edge_world import config as edge_config
 from exporters_tiny import save_tiny
+from service_world import Devices, settings
 
 from coordinator.config import CoordinatorConfig
 from coordinator.programs import Publish
@@ -24,46 +25,29 @@ from edge_sdk.wire.config_rules import parse_toml
 from exporters.slm import SlmOptions, export_slm
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = """
-[service]
-tenant = "home"
-state_dir = "{folder}/cloud"
-threads = 1
-[program]
+PROGRAM = """
 name = "{name}"
 cohort = 2
 rounds = 2
-within_s = 60.0
 samples = 8
 tau = 0.0
 max_new_tokens = 8
 distil_steps = 2
-[adapter]
-rank = 2
-alpha = 4.0
-targets = ["q_proj"]
-steps = 2
-batch = 2
-[llm]
-path = "{folder}/llm"
-rank = 2
-alpha = 4.0
-targets = ["q_proj"]
-steps = 1
-batch = 4
-[[families]]
-name = "tiny"
-path = "{folder}/slm"
-accuracy_level = 1
+"""
+JUDGED = """
 [evaluation]
 path = "{folder}/judged.jsonl"
-[task]
-name = "kind"
-prompt = "Request: {{text}}\\nKind:"
-generation_prompt = "A request ({{label}}):"
-labels = ["open", "list", "name"]
-words = [" open", " list", " name"]
 """
+
+
+def coordinator_toml(folder: Path, name: str) -> str:
+    return settings(
+        folder,
+        PROGRAM.format(name=name),
+        families=["tiny"],
+        task=TASK,
+        more=JUDGED.format(folder=folder),
+    )
 
 
 class Life:
@@ -71,19 +55,20 @@ class Life:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.broker, self.name = folder, MemoryBroker(), name
-        save_tiny(folder / "slm")
+        save_tiny(folder / "tiny")
         save_tiny(folder / "llm", hidden_size=32, intermediate_size=48)
         lines = [json.dumps({"text": e.text, "label": e.label}) for e in example_set(2)]
         (folder / "judged.jsonl").write_text("\n".join(lines))
         self.stream = io.StringIO()
-        self.devices: list[EdgeDevice] = []
-        self._closing = False
-        self._stepping = threading.Thread(target=self._step)
+        self._fleet = Devices()
         self.open()
 
+    @property
+    def devices(self) -> list[EdgeDevice]:
+        return self._fleet.all
+
     def open(self) -> Service:
-        text = SETTINGS.format(folder=self.folder, name=self.name)
-        config = parse_toml(text, CoordinatorConfig, "test")
+        config = parse_toml(coordinator_toml(self.folder, self.name), CoordinatorConfig, "test")
         self.service = Service(config, link=self.broker.link("coordinator"), stream=self.stream)
         return self.service
 
@@ -92,30 +77,18 @@ class Life:
             edge_config(self.folder / name, f"[train]\nthreads = 1\nseed = {len(self.devices)}"),
             link=self.broker.link(name),
         )
-        self.devices.append(device)
-        device.add_examples(example_set(6))
+        self._fleet.add(device, example_set(6))
         device.enrol(self.service.desk.token(name, lasts_s=600).to_text())
         if len(self.devices) == 2:
-            self._stepping.start()
+            self._fleet.start()
         return device
-
-    def _step(self) -> None:
-        # In turn: loading a model in two threads of one process is not safe in transformers.
-        while not self._closing:
-            for device in self.devices:
-                if device.membership is not None and device.membership.complete:
-                    device.step(timeout_s=0.02)
 
     def told(self, name: str) -> list[dict[str, object]]:
         lines = [json.loads(line) for line in self.stream.getvalue().splitlines()]
         return [line for line in lines if line["event"] == name]
 
     def close(self) -> None:
-        self._closing = True
-        if self._stepping.is_alive():
-            self._stepping.join()
-        for device in self.devices:
-            device.close()
+        self._fleet.close()
         self.service.close()
 
 
@@ -211,12 +184,10 @@ def test_a_late_device_and_a_staged_release_reach_everyone(
     assert len(book.history("tiny")[0].canary) == 1
 
     until(lambda: book.history("tiny")[0].settled, 30)
-    settings = life.folder / "coordinator.toml"
-    settings.write_text(SETTINGS.format(folder=life.folder, name=life.name))
+    file = life.folder / "coordinator.toml"
+    file.write_text(coordinator_toml(life.folder, life.name))
     command = [sys.executable, "-m", "edge_sdk", "release", "roll-back", "tiny", "--json"]
-    subprocess.run(
-        [*command, "--why", "it was not", "--config", str(settings)], cwd=ROOT, check=True
-    )
+    subprocess.run([*command, "--why", "it was not", "--config", str(file)], cwd=ROOT, check=True)
     until(lambda: {d.status()["release"] for d in life.devices} == {"base-fedavg-2"}, 90)
     states = [(e["release"], e["state"]) for e in life.told("rollout")]
     assert states[-2:] == [("r2", "promoted"), ("r2", "rolled-back")]

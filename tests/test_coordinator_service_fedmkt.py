@@ -13,6 +13,7 @@ from coordinator_world import until
 from edge_world import TASK, example_set
 from edge_world import config as edge_config
 from exporters_tiny import save_tiny
+from service_world import settings
 from tokenizers import Tokenizer
 
 from coordinator.config import CoordinatorConfig
@@ -26,55 +27,24 @@ from edge_sdk.wire.config_rules import parse_toml
 from edge_sdk.wire.messages import LogitRows, TopLogits
 
 DEVICES = {"kitchen-1": "bytes", "garage-1": "pairs", "liar-1": "bytes"}
-SETTINGS = """
-[service]
-tenant = "home"
-state_dir = "{folder}/cloud"
-threads = 1
-[program]
+PROGRAM = """
 name = "fedmkt"
 cohort = 3
 rounds = 2
-within_s = 60.0
+"""
+MORE = """
 [fedmkt]
 kept = 8
 steps = 2
 batch = 4
 held_out = 4
 max_rise = 100.0
-[adapter]
-rank = 2
-alpha = 4.0
-targets = ["q_proj"]
-steps = 2
-batch = 2
-[llm]
-path = "{folder}/llm"
-rank = 2
-alpha = 4.0
-targets = ["q_proj"]
-steps = 2
-batch = 4
 [defence]
 max_drop = 1.0
-[[families]]
-name = "bytes"
-path = "{folder}/bytes"
-accuracy_level = 1
-[[families]]
-name = "pairs"
-path = "{folder}/pairs"
-accuracy_level = 1
 [public]
 path = "{folder}/public.jsonl"
 [evaluation]
 path = "{folder}/public.jsonl"
-[task]
-name = "kind"
-prompt = "Request: {{text}}\\nKind:"
-generation_prompt = "A request ({{label}}):"
-labels = ["open", "list", "name"]
-words = [" open", " list", " name"]
 """
 
 
@@ -124,7 +94,9 @@ def test_two_families_learn_with_the_llm_and_a_liar_is_left_out(
         return MqttLink(broker.url_for(name), mqtt_version=version)
 
     stream = io.StringIO()
-    config = parse_toml(SETTINGS.format(folder=tmp_path), CoordinatorConfig, "test")
+    more = MORE.format(folder=tmp_path)
+    text = settings(tmp_path, PROGRAM, families=["bytes", "pairs"], task=TASK, more=more)
+    config = parse_toml(text, CoordinatorConfig, "test")
     service = Service(config, link=link("coordinator"), stream=stream)
 
     def told(name: str) -> list[dict[str, object]]:
@@ -138,8 +110,8 @@ def test_two_families_learn_with_the_llm_and_a_liar_is_left_out(
     try:
         until(lambda: told("started"), 30)
         for n, (name, family) in enumerate(DEVICES.items()):
-            settings = f'[train]\nthreads = 1\nseed = {n}\n[device]\nfamilies = ["{family}"]'
-            device = EdgeDevice(edge_config(tmp_path / name, settings), link=link(name))
+            own = f'[train]\nthreads = 1\nseed = {n}\n[device]\nfamilies = ["{family}"]'
+            device = EdgeDevice(edge_config(tmp_path / name, own), link=link(name))
             devices.append(device)
             device.add_examples(example_set(6))
             device.enrol(service.desk.token(name, lasts_s=600).to_text())
