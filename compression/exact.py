@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.intp]
 ROW_BITS = 16
 """Bits of an integer: sums of up to 2^21 products of two such fit float64's 53 bits."""
 
-_SWEEPS = 5  # of Jacobi, which converges quadratically; what is left is the same everywhere
+_SWEEPS = 6  # of Jacobi, which converges quadratically; what is left is the same everywhere
 
 
 def integers(values: F64) -> tuple[F64, int]:
