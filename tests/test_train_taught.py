@@ -126,7 +126,7 @@ def test_what_it_knows_better_teaches_it_nothing(bundle: Path, tmp_path: Path) -
     assert all(np.allclose(change[key], wanted[key], atol=1e-6) for key in wanted)
 
 
-def test_in_parts_and_after_a_pause_it_is_the_same(bundle: Path, tmp_path: Path) -> None:
+def test_after_a_pause_it_ends_the_same(bundle: Path, tmp_path: Path) -> None:
     teacher = large(whole=False)
     start = small(bundle, whole=False).adapter.factors()
     order = task(teacher, start, whole=False)
