@@ -1,0 +1,105 @@
+"""Refusals that say what is lacking: sent again at once with it, or excused; formats by device."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from coordinator.programs import Ask, Commit, Program, Reply
+from edge_sdk.errors import QuorumMissed
+from edge_sdk.wire.messages import AnyMessage, ModelReport, Refused, TrainAdapter
+from tests.coordinator_world import FakeDevice, train, until, update
+from tests.test_coordinator_runner import BOTH, World
+
+PATIENCE_S = 60.0
+"""No test waits so long; a busy machine may."""
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+def refusing(*lacks: str) -> object:
+    """Refuses every task without a codec in it."""
+
+    def behave(message: AnyMessage) -> list[AnyMessage]:
+        if not isinstance(message, TrainAdapter):
+            return []
+        if message.codec:
+            return [update(message)]
+        return [Refused(message.task_id, "not here", lacks)]
+
+    return behave
+
+
+def asking(world: World, need: int, got: list[tuple[Reply, ...]], rounds: int = 1) -> None:
+    def task(round_: int) -> object:
+        def of(device: str) -> AnyMessage:
+            lacks = world.coordinator.fleet.abilities.about(device, round_).lacks
+            return train(round_, codec=b"codec" if "codec" in lacks else b"")
+
+        return of
+
+    def program(_: Commit | None) -> Program:
+        for step in range(rounds):
+            got.append((yield Ask(task(step), BOTH, need, PATIENCE_S)))  # type: ignore[arg-type]
+            yield Commit(step, {})
+
+    world.run(program)
+
+
+def test_what_was_lacking_is_sent_at_once_in_the_same_round(world: World) -> None:
+    world.devices["b"].behave = refusing("codec")
+    got: list[tuple[Reply, ...]] = []
+
+    asking(world, 2, got, rounds=2)
+
+    assert [[reply.device for reply in replies] for replies in got] == [["a", "b"]] * 2
+    assert [bool(task.codec) for task in world.tasks("b", TrainAdapter)] == [False, True] * 2
+    assert not any(task.codec for task in world.tasks("a", TrainAdapter))
+    assert world.coordinator.told("quorum_missed") == []
+    assert world.coordinator.fleet.get("b").faults == 0
+
+
+def test_a_device_that_may_not_send_is_excused_also_where_all_are_needed(world: World) -> None:
+    world.devices["b"].behave = refusing("allowance")
+    got: list[tuple[Reply, ...]] = []
+
+    asking(world, 2, got)
+
+    assert [[reply.device for reply in replies] for replies in got] == [["a"]]
+    assert len(world.tasks("b", TrainAdapter)) == 1
+    assert world.coordinator.told("quorum_missed") == []
+
+
+def test_a_round_of_nobody_but_excused_devices_misses_its_quorum(world: World) -> None:
+    world.devices["a"].behave = world.devices["b"].behave = refusing("allowance")
+
+    with pytest.raises(QuorumMissed):
+        asking(world, 2, [])
+
+
+def test_what_a_device_reads_is_known_from_its_enrolment_and_its_newest_report(
+    world: World, tmp_path: Path
+) -> None:
+    def known(name: str) -> frozenset[str]:
+        return world.coordinator.fleet.abilities.about(name, 0).reads
+
+    fleet, keys = world.coordinator.fleet, world.coordinator.identity
+    device = FakeDevice("c", tmp_path / "edge", world.broker, keys)
+    code = fleet.token("c", root_key_hash=bytes(32))
+    words = device.enrolment(code.token_id, code.secret)
+    device.courier.enrol(msgspec.structs.replace(words, reads=("codec.1",)), timeout_s=PATIENCE_S)
+    at_first = known("c")
+    report = ModelReport("none", "base", 0.5, 1, 1.0, 1.0, {}, ("codec.1", "delta.1"))
+    device.courier.send("coordinator", report, task="none")
+
+    until(lambda: known("c") == {"codec.1", "delta.1"}, PATIENCE_S)
+    device.close()
+
+    assert at_first == {"codec.1"}
+    assert known("a") == frozenset()
