@@ -27,7 +27,6 @@ from coordinator.programs import Commit, Program, ProgramFactory
 from coordinator.robust import Rule
 from coordinator.texts import read_texts
 from coordinator.twin import Twin
-from edge_sdk.errors import ConfigError
 from edge_sdk.train.local import quickest_dtype
 from edge_sdk.train.lora import Factors, LoraSpec
 from edge_sdk.train.teaching import Lesson
@@ -51,8 +50,6 @@ def program_of(
         DataError: a text file that cannot be used.
     """
     name = config.program.name
-    if name == "fedavg" and len(config.families) != 1:
-        raise ConfigError(f"{len(config.families)} families are configured; fedavg takes one")
     judged = _texts(config.evaluation, labelled=True)
     public = [] if name == "fedavg" else _texts(config.public, labelled=name == "fedmkt")
     build = {"fedavg": _fedavg, "crosslm": _crosslm, "fedmkt": _fedmkt}[name]
@@ -114,16 +111,7 @@ def _fedavg(
     events: Events,
     resume: Commit | None,
 ) -> Program:
-    (only,) = families
-    return fedavg(
-        only.exchange,
-        only.cohort,
-        _fedavg_config(config),
-        base=only.base,
-        package=only.package,
-        gate=only.gate,
-        resume=resume,
-    )
+    return fedavg(families, _fedavg_config(config), resume=resume)
 
 
 def _crosslm(

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 from fleet_of_four import COHORT, SPEC, Log, drive, fleet
-from learning_world import model
+from learning_world import TASK, model, tokenizer
 
 from compression.errors import CodecError
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.families import Family
 from coordinator.programs import Ask, Commit, Note, Publish, Release, Reply
+from coordinator.twin import Twin
 from edge_sdk.errors import QuorumMissed, RemoteProtocolError
 from edge_sdk.train.lora import Adapter, from_bytes
+from edge_sdk.train.text_task import TaskReader
 from edge_sdk.wire.messages import OfferModel, TrainAdapter
 
 LAYOUT = Adapter(model(), SPEC).layout
@@ -31,9 +34,9 @@ def exchange():
 
 
 def program(state, tmp_path, *, cfg=CFG, resume=None):
-    return fedavg(
-        state, COHORT, cfg, base="base-1", package=lambda name, factors: tmp_path, resume=resume
-    )
+    twin = Twin("tiny", model(), TaskReader(TASK, tokenizer(), max_tokens=32), SPEC, seed=7)
+    family = Family(twin, state, COHORT, "base-1", lambda name, factors: tmp_path)
+    return fedavg([family], cfg, resume=resume)
 
 
 def train_asks(log):

@@ -11,11 +11,12 @@ from coordinator_world import Coordinator, FakeDevice, release_folder
 from compression.codec import Compressor
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.exchange import AdapterExchange
+from coordinator.families import Family
 from coordinator.gate import Gate
 from coordinator.programs import Commit, Program, ProgramFactory, Publish, Withdraw
 from coordinator.store import state_digest
 from edge_sdk.link.memory import MemoryBroker
-from edge_sdk.train.lora import LoraSpec
+from edge_sdk.train.lora import Factors, LoraSpec
 from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, ModelReport, OfferModel, TrainAdapter
 
 LAYOUT = {"q_proj.lora_A": (2, 24), "q_proj.lora_B": (16, 2)}
@@ -27,6 +28,19 @@ WORSE = "base-fedavg-2"
 
 class Killed(BaseException):
     """What a SIGKILL is to a program: no handler of an Exception sees it."""
+
+
+class NoTwin:
+    """What a family needs of its twin to be averaged: nothing is scored here, so no model."""
+
+    def __init__(self, factors: Factors) -> None:
+        self.factors = factors
+
+    def restore(self, factors: Factors, _replicas: object) -> None:
+        self.factors = factors
+
+    def set_global(self, factors: Factors) -> None:
+        self.factors = factors
 
 
 def answers(name: str) -> object:
@@ -84,9 +98,9 @@ class Life:
             return found if found.exists() else release_folder(found, name)
 
         plan = FedAvgConfig(rounds=ROUNDS, within_s=20.0)
-        return fedavg(
-            exchange, NAMES, plan, base="base", package=package, gate=Gate(0.05), resume=resume
-        )
+        twin = NoTwin(exchange.factors)
+        family = Family(twin, exchange, NAMES, "base", package, gate=Gate(0.05))  # type: ignore[arg-type]
+        return fedavg([family], plan, resume=resume)
 
     def restart(self) -> None:
         self.coordinator.close()

@@ -13,8 +13,8 @@ from Decentralized Data", AISTATS 2017 (arXiv 1602.05629), Algorithm 1.
 
 | paper | here |
 |---|---|
-| w_t | `exchange.factors` (A, B of every adapted layer; the base is frozen) |
-| S_t | the first `need` of `cohort` that answer |
+| w_t | each family's `exchange.factors` (A, B of every adapted layer; the base is frozen) |
+| S_t | the first `need` devices of all families that answer |
 | E, B, eta | `LocalTraining.steps`, `.batch`, `.lr` |
 | n_k | `AdapterUpdate.examples`, believed up to `Rule.examples` times the median |
 
@@ -22,26 +22,19 @@ Differences from the paper: only LoRA factors are trained, and what is averaged 
 B·A (averaging factors is biased, PAPERS.md 9.4), factored again at the same rank; local work is
 counted in steps; updates travel encoded; a late update counts with its staleness
 (`aggregate.staleness_weight`) and relative to the factors it started from; line 5 is bounded
-(`robust.py`), and a round that makes things worse is rolled back (`gate.py`).
+(`robust.py`), and a round that makes things worse is rolled back (`gate.py`). Families of other
+shapes cannot be averaged with one another: each is for itself, in rounds that they share.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from coordinator.algorithms.rounds import (
-    lineage,
-    mean_accuracy,
-    measured,
-    merge,
-    patiently,
-    told,
-    tried,
-)
-from coordinator.exchange import AdapterExchange, LocalTraining
-from coordinator.families import Package
-from coordinator.gate import Gate
-from coordinator.programs import Ask, Commit, Note, Program, Publish, Reply
+from coordinator.algorithms.rounds import mean_accuracy, measured, patiently, told
+from coordinator.exchange import LocalTraining
+from coordinator.families import Families, Family
+from coordinator.programs import Commit, Note, Program, Reply
 
-__all__ = ["FedAvgConfig", "Package", "fedavg", "mean_accuracy", "measured", "patiently"]
+__all__ = ["FedAvgConfig", "fedavg", "mean_accuracy", "measured", "patiently"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,68 +51,39 @@ class FedAvgConfig:
 
 
 def fedavg(
-    exchange: AdapterExchange,
-    cohort: tuple[str, ...],
-    cfg: FedAvgConfig,
-    *,
-    base: str,
-    package: Package,
-    gate: Gate | None = None,
-    resume: Commit | None = None,
+    families: Sequence[Family], cfg: FedAvgConfig, *, resume: Commit | None = None
 ) -> Program:
-    """Run `cfg.rounds` rounds over the devices of `cohort`, whose bundle is release `base`.
+    """Run `cfg.rounds` rounds over the devices of `families`, each family averaged by itself.
 
-    `gate` decides whether a round is kept; without one, every round is.
+    The families' gates decide whether a round is kept; it is kept or taken back for all of them.
 
     Raises:
+        ConfigError: families that cannot run together.
         QuorumMissed: too few updates, `cfg.retries` times over.
     """
-    gate, kept, first = gate or Gate(), base, 0  # line 1 is the exchange's start
-    if resume is not None:
-        exchange.restore(resume.state["exchange"])
-        gate.restore(resume.state.get("gate", b""))
-        kept = resume.state.get("kept", base.encode()).decode()
-        first = resume.step + 1
-    gate.start(exchange.factors)
+    fleet = Families(families)
+    fleet.begin(resume.state if resume is not None else None)  # line 1
+    first = 0 if resume is None else resume.step + 1
     for step in range(first, cfg.rounds):  # line 2
-        before, figures = exchange.state(), gate.to_bytes()
-        update = Ask(
-            exchange.start(step, base, cfg.training),
-            cohort,
-            need=cfg.need or len(cohort),
-            within_s=cfg.within_s,
-            check=exchange.check(),
-        )
-        replies = yield from patiently(update, cfg.retries)  # lines 3 and 4
-        merged, changes, fault = yield from merge(exchange, gate, replies)  # line 5
+        before = fleet.state()
+        training = fleet.training(step, cfg.training, need=cfg.need, within_s=cfg.within_s)
+        replies = yield from patiently(training, cfg.retries)  # lines 3 and 4
+        merged = yield from fleet.merge(replies, learn_codec=cfg.learn_codec)  # line 5
+        fault = merged.fault
         reports: tuple[Reply, ...] = ()
         if not fault:
-            if cfg.learn_codec and exchange.codec.basis is None:
-                exchange.learn_codec(changes)
-            name = f"{base}-fedavg-{step + 1}"
-            folder = package(name, exchange.factors)
-            wish = Publish(exchange.family, name, folder, base, lineage(step, replies, merged))
-            fault, reports = yield from tried(wish, cohort, cfg.within_s, gate, instead=kept)
+            wishes = fleet.packaged(step, replies, merged, program="fedavg", whole=False)
+            fault, reports = yield from fleet.release(wishes, cfg.within_s)
         if fault:
-            exchange.roll_back(before)
-            gate.restore(figures)
-        else:
-            kept = name
+            fleet.undo(before)
         yield Note(
             {
                 "round": step,
                 "devices": len(replies),
-                "discarded": round(merged.discarded, 6) if merged else None,
+                "discarded": round(merged.discarded, 6) if merged.aggregates else None,
                 "accuracy": mean_accuracy(reports),
-                **told(merged.outliers if merged else (), fault),
+                **fleet.traffic,
+                **told(merged.outliers, fault),
             }
         )
-        yield Commit(
-            step,
-            {
-                "exchange": exchange.state(),
-                "gate": gate.to_bytes(),
-                "kept": kept.encode(),
-                "outcome": b"discarded" if fault else b"kept",
-            },
-        )
+        yield Commit(step, fleet.state() | {"outcome": b"discarded" if fault else b"kept"})

@@ -111,7 +111,7 @@ def _federated(lab: Lab) -> list[list[Measured]]:
         rounds=lab.knobs.rounds + EXTRA_ROUNDS, learn_codec=True, training=_training(lab)
     )
     fleet.drive(
-        fedavg(exchange, fleet.cohort, cfg, base="base", package=package),
+        fedavg([Family(lab.twin, exchange, fleet.cohort, "base", package)], cfg),
         after_round=lambda _: rows.append(_small_models(lab, exchange.factors, fleet)),
     )
     return rows

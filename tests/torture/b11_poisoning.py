@@ -20,6 +20,7 @@ from compression.codec import Compressor
 from compression.header import Header, Method
 from coordinator.algorithms.fedavg import FedAvgConfig, fedavg
 from coordinator.exchange import AdapterExchange, LocalTraining
+from coordinator.families import Family
 from coordinator.gate import Gate
 from coordinator.programs import (
     Ask,
@@ -31,6 +32,7 @@ from coordinator.programs import (
     Withdraw,
 )
 from coordinator.robust import Rule
+from coordinator.twin import Twin
 from edge_sdk.errors import FleetError
 from edge_sdk.train.lora import Adapter, Factors, LoraSpec, delta, from_bytes
 from edge_sdk.train.text_task import TaskReader, accuracy
@@ -116,14 +118,11 @@ class World:
             return self.measure(factors, self.judged), len(self.judged)
 
         plan = FedAvgConfig(rounds=self.rounds, need=3, learn_codec=False, training=TRAINING)
-        program = fedavg(
-            exchange,
-            DEVICES,
-            plan,
-            base="base",
-            package=lambda name, factors: Path(name),
-            gate=Gate(0.05, judge) if gate else None,
-        )
+        twin = Twin("tiny", model(seed=self.seed), self.reader, SPEC, seed=self.seed)
+        family = Family(twin, exchange, DEVICES, "base", lambda name, factors: Path(name))
+        if gate:
+            family.gate = Gate(0.05, judge)
+        program = fedavg([family], plan)
         answer: object = None
         while True:
             try:
