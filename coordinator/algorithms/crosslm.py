@@ -314,22 +314,29 @@ def picked(probs: F32, written: Written, task: TextTask) -> F32:
 def asked(
     fleet: Families, step: int, written: Written, within_s: float
 ) -> Generator[Request, Any, F32 | None]:
-    """The devices' mean scores, (n,); None if nobody gave any. Wrong numbers of them are blamed."""
+    """The devices' mean scores, (n,); None if nobody gave any. Wrong numbers of them are blamed.
+
+    A text of nothing is scored 0 and sent to nobody: an encoder would refuse it, and all with it.
+    """
+    rows = [i for i, text in enumerate(written.texts) if text.strip()]
+    texts = tuple(written.texts[i] for i in rows)
+    labels = tuple(written.labels[i] for i in rows)
 
     def task(device: str) -> AnyMessage:
-        base = fleet.of(device).base
-        return Score(f"score-{step}", base, tuple(written.texts), tuple(written.labels))
+        return Score(f"score-{step}", fleet.of(device).base, texts, labels)
 
     def check(_device: str, message: AnyMessage) -> None:
-        if isinstance(message, Scores) and len(message.scores) != len(written.texts):
-            raise RemoteProtocolError(
-                f"{len(message.scores)} scores came for {len(written.texts)} texts"
-            )
+        if isinstance(message, Scores) and len(message.scores) != len(texts):
+            raise RemoteProtocolError(f"{len(message.scores)} scores came for {len(texts)} texts")
 
     request = Ask(task, fleet.cohort, len(fleet.cohort), within_s, check)
     verdicts = yield from measured(request)
-    rows = [reply.message.scores for reply in verdicts if isinstance(reply.message, Scores)]
-    return np.mean(rows, axis=0).astype(np.float32) if rows else None
+    found = [reply.message.scores for reply in verdicts if isinstance(reply.message, Scores)]
+    if not found:
+        return None
+    scores = np.zeros(len(written.texts), np.float32)
+    scores[rows] = np.mean(found, axis=0)
+    return scores
 
 
 def no_opinions(task: TextTask) -> F32:
