@@ -64,12 +64,14 @@ class Compressor:
         *,
         basis: Basis | MovingBasis | None = None,
         ratio: float = RATIO,
+        changes: tuple[bytes, ...] = (),
     ) -> None:
         if _BASES.get(method, type(None)) is not type(basis):
             raise CodecError("a learned or moving codec needs its basis, any other has none")
         if not 1.0 <= ratio <= 1e6:
             raise CodecError(f"ratio {ratio} is not in 1..1000000")
         self.layout, self.method, self.basis, self.ratio = layout, method, basis, float(ratio)
+        self.changes = changes
 
     # --- making one ---------------------------------------------------------------------------
 
@@ -110,21 +112,28 @@ class Compressor:
 
     @classmethod
     def moving(
-        cls, changes: Sequence[Tensors], *, layout: Layout | None = None, ratio: float = RATIO
+        cls, changes: Sequence[bytes], *, layout: Layout, ratio: float = RATIO
     ) -> "Compressor":
         """The codec that follows from the common adapter's last changes, oldest first.
 
-        Nothing is sent for it: all who hold the same last changes bit for bit (`downlink.py`) make
-        the same codec, with the same `codec_id`. Of more than `moving.WINDOW` the last count.
+        `changes` are codes of the plain or the identity codec, as `downlink.py` sends them; of more
+        than `moving.WINDOW` the last count. All who were sent the same make the same codec, with
+        the same `codec_id`, and nothing is sent for it.
 
         Raises:
-            CodecError: no changes, or none that is not zero.
+            CodecError: no changes, none that is not zero, or codes that are malformed.
         """
         kept = tuple(changes)[-WINDOW:]
-        if not kept:
-            raise CodecError("a moving codec needs at least one change of the adapter")
-        layout = layout or Layout.of(kept[0])
-        return cls(layout, Method.MOVING, basis=MovingBasis(layout, kept), ratio=ratio)
+        basis = MovingBasis(layout, tuple(cls._change(codes, layout) for codes in kept))
+        return cls(layout, Method.MOVING, basis=basis, ratio=ratio, changes=kept)
+
+    def followed(self, changes: Sequence[bytes]) -> "Compressor":
+        """The moving codec that this one becomes after `changes` of the adapter.
+
+        Raises:
+            CodecError: see `moving`.
+        """
+        return self.moving([*self.changes, *changes], layout=self.layout, ratio=self.ratio)
 
     # --- encode and decode --------------------------------------------------------------------
 
@@ -185,7 +194,7 @@ class Compressor:
     @property
     def format(self) -> int:
         """Of its file and codes; one of `compression.formats.CODEC_FORMATS`."""
-        return codec_file.FORMAT
+        return codec_file.format_of(self.method)
 
     @staticmethod
     def method_of(data: bytes) -> str:
@@ -208,21 +217,13 @@ class Compressor:
 
     @cached_property
     def codec_id(self) -> str:
-        """SHA-256 over the codec's file or what it is derived from, 32 hexadecimal digits."""
-        if isinstance(self.basis, MovingBasis):
-            seen = self.basis.digest + np.float64(self.ratio).tobytes()
-            return hashlib.sha256(seen).hexdigest()[:32]
+        """SHA-256 over the codec's file, 32 hexadecimal digits."""
         return hashlib.sha256(self.to_bytes()).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
-        """The codec as one safetensors blob.
-
-        Raises:
-            CodecError: a moving codec, which is derived and never sent.
-        """
-        if isinstance(self.basis, MovingBasis):
-            raise CodecError("a moving codec has no file: derive it from the adapter's changes")
-        return codec_file.dump(self.layout, int(self.method), self.ratio, self.basis)
+        """The codec as one safetensors blob; a moving one as the changes that it follows from."""
+        basis = self.basis if isinstance(self.basis, Basis) else None
+        return codec_file.dump(self.layout, self.method, self.ratio, basis, self.changes)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Compressor":
@@ -231,9 +232,11 @@ class Compressor:
         Raises:
             CodecError: not a codec file of this format.
         """
-        layout, method, ratio, basis = codec_file.parse(data)
+        layout, method, ratio, basis, changes = codec_file.parse(data)
         if method not in tuple(Method):
             raise CodecError(f"codec method {method} is not known")
+        if method == Method.MOVING:
+            return cls.moving(changes, layout=layout, ratio=ratio)
         return cls(layout, Method(method), basis=basis, ratio=ratio)
 
     def save_pretrained(self, folder: Path | str) -> Path:
@@ -281,6 +284,12 @@ class Compressor:
     @property
     def _allowance(self) -> int:
         return max(int(self.raw_bytes / self.ratio), LEAST_BYTES)
+
+    @classmethod
+    def _change(cls, codes: bytes, layout: Layout) -> dict[str, F32]:
+        # Only what is decoded one value at a time is the same on every machine.
+        whole = decode_header(codes)[0].method is Method.IDENTITY
+        return (cls.identity(layout) if whole else cls.deadzone(layout)).decode(codes)
 
     def _identity_draft(self, wanted: F64) -> Draft:
         sent = wanted.astype(np.float32)

@@ -4,6 +4,7 @@ Knows the file's fields and limits. Does not know quantization; never reads or w
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,13 @@ from compression.basis import F16, Basis
 from compression.blocks import KINDS, MAX_TENSORS, Layout
 from compression.errors import CodecError
 from compression.formats import CODEC_FORMATS
+from compression.header import Method
 
 FILE_NAME = "codec.safetensors"
 FORMAT = 1
+MOVING_FORMAT = 2
+"""Of a moving codec's file, which version 1 did not know."""
+
 MAX_FILE_BYTES = 64 * 2**20
 """A codec above this is refused unread: three encoders of 1024 x 1024 float16 are 6 MiB."""
 
@@ -24,11 +29,18 @@ _OPSET = 17
 _IR_VERSION = 10  # the newest that ONNX Runtime 1.22, our oldest, reads
 
 
-def dump(layout: Layout, method: int, ratio: float, basis: Basis | None) -> bytes:
+def format_of(method: Method) -> int:
+    """The format of the file of a codec of this method."""
+    return MOVING_FORMAT if method is Method.MOVING else FORMAT
+
+
+def dump(
+    layout: Layout, method: Method, ratio: float, basis: Basis | None, changes: Sequence[bytes] = ()
+) -> bytes:
     """Return the codec as bytes; equal codecs give equal bytes."""
     record = {
-        "format": FORMAT,
-        "method": method,
+        "format": format_of(method),
+        "method": int(method),
         "ratio": ratio,
         "block": layout.block,
         "names": layout.names,
@@ -40,12 +52,14 @@ def dump(layout: Layout, method: int, ratio: float, basis: Basis | None) -> byte
         for kind in layout.kinds:
             tensors[f"encoder.{kind}"] = basis.stored[kind]
             tensors[f"channel_levels.{kind}"] = basis.channel_levels[kind]
+    for number, codes in enumerate(changes):
+        tensors[f"change.{number}"] = np.frombuffer(codes, np.uint8)
     text = json.dumps(record, separators=(",", ":"), sort_keys=True)
     return save(tensors, metadata={"codec": text})
 
 
-def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
-    """Return layout, method, ratio and basis of a codec file.
+def parse(data: bytes) -> tuple[Layout, int, float, Basis | None, tuple[bytes, ...]]:
+    """Return layout, method, ratio, basis and changes of a codec file.
 
     Raises:
         CodecError: not a codec file, over a limit, or inconsistent.
@@ -73,7 +87,8 @@ def parse(data: bytes) -> tuple[Layout, int, float, Basis | None]:
     if not (sizes_ok and names_ok and numbers_ok):
         raise CodecError("not a codec file: a field has the wrong type")
     layout = Layout(names, shapes, block)
-    return layout, method, ratio, _basis(tensors, layout) if "tensor_levels" in tensors else None
+    basis = _basis(tensors, layout) if "tensor_levels" in tensors else None
+    return layout, method, ratio, basis, _changes(tensors)
 
 
 def encoder_graph(layout: Layout, basis: Basis) -> bytes:
@@ -102,6 +117,14 @@ def encoder_graph(layout: Layout, basis: Basis) -> bytes:
     )
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _changes(tensors: dict[str, Any]) -> tuple[bytes, ...]:
+    names = [f"change.{number}" for number in range(len(tensors))]
+    found = [tensors[name] for name in names if name in tensors]
+    if any(value.dtype != np.uint8 or value.ndim != 1 for value in found):
+        raise CodecError("a codec file with changes that are no codes")
+    return tuple(value.tobytes() for value in found)
 
 
 def _basis(tensors: dict[str, Any], layout: Layout) -> Basis:

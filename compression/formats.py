@@ -10,7 +10,7 @@ whole adapters, as the first version did.
 
 from collections.abc import Collection
 
-CODEC_FORMATS = (1,)
+CODEC_FORMATS = (1, 2)
 """Formats of codec files (`codec_file.py`) that are read here, oldest first."""
 
 DELTA_FORMATS = (1,)

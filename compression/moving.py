@@ -22,7 +22,6 @@ Source: the Kronecker-factored eigenbasis is Shampoo's (Gupta et al. 2018, arXiv
 by SOAP (Vyas et al. 2024, arXiv 2409.11321); as a transform for coding updates it is ours.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,14 +78,6 @@ class MovingBasis:
     def width(self) -> int:
         """Latents per block: as many as values."""
         return self.layout.block
-
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 over the changes: equal digests, equal bases."""
-        seen = hashlib.sha256(self.layout.hash)
-        for change in self._packed:
-            seen.update(change.astype("<f4").tobytes())
-        return seen.digest()
 
     @cached_property
     def trend(self) -> F32:

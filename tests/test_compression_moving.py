@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,12 @@ class Planted:
                 value += left.T @ rng.normal(size=(len(left), len(right))) @ right
             found[name] = (1e-2 * value).astype(np.float32)
         return found
+
+
+def moving(changes: Sequence[dict[str, F32]]) -> Compressor:
+    """The codec that follows from changes as they are."""
+    whole = Compressor.identity(LAYOUT)
+    return Compressor.moving([whole.encode(change).data for change in changes], layout=LAYOUT)
 
 
 def _changes(seed: int, count: int = WINDOW) -> list[dict[str, F32]]:
@@ -112,10 +119,10 @@ def test_first_classes_hold_what_past_and_present_share() -> None:
 
 def test_more_is_said_in_equal_bytes() -> None:
     planted, rng = Planted(5), np.random.default_rng(6)
-    moving = Compressor.moving([planted.draw(rng) for _ in range(WINDOW)])
+    ours_codec = moving([planted.draw(rng) for _ in range(WINDOW)])
     plain = Compressor.deadzone(LAYOUT)
     update = planted.draw(rng)
-    ours = moving.encode(update, bytes_target=250)
+    ours = ours_codec.encode(update, bytes_target=250)
     theirs = plain.encode(update, bytes_target=250)
     assert ours.method == "moving"
     assert len(ours.data) <= 250
@@ -125,7 +132,7 @@ def test_more_is_said_in_equal_bytes() -> None:
 def test_a_step_along_the_trend_costs_a_header() -> None:
     changes = _changes(7)
     update = {name: np.float32(0.8) * value for name, value in changes[-1].items()}
-    encoded = Compressor.moving(changes).encode(update, bytes_target=100)
+    encoded = moving(changes).encode(update, bytes_target=100)
     assert encoded.cosine > 0.999
     for name, value in encoded.decoded.items():
         assert np.allclose(value, update[name], atol=2e-2 * np.abs(update[name]).max())
@@ -135,20 +142,20 @@ def test_an_update_without_history_is_no_worse_than_plain() -> None:
     rng = np.random.default_rng(8)
     noise = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
     for target in (150, 400, 2000):
-        moving = Compressor.moving(_changes(7)).encode(noise, bytes_target=target)
+        ours = moving(_changes(7)).encode(noise, bytes_target=target)
         plain = Compressor.deadzone(LAYOUT).encode(noise, bytes_target=target)
-        assert moving.cosine >= plain.cosine * 0.997
-        assert len(moving.data) <= target
+        assert ours.cosine >= plain.cosine * 0.997
+        assert len(ours.data) <= target
 
 
 def test_codes_are_read_by_the_same_history_only() -> None:
     changes = _changes(11, WINDOW + 2)
-    here, there = Compressor.moving(changes), Compressor.moving(changes[2:])
+    here, there = moving(changes), moving(changes[2:])
     assert here.codec_id == there.codec_id  # older ones do not count
     encoded = here.encode(changes[0], bytes_target=400)
     decoded = there.decode(encoded.data)
     assert all(np.array_equal(decoded[k], v) for k, v in encoded.decoded.items())
-    behind = Compressor.moving(changes[:-1])
+    behind = moving(changes[:-1])
     assert behind.codec_id != here.codec_id
     with pytest.raises(CodecError, match="another codec"):
         behind.decode(encoded.data)
@@ -169,7 +176,7 @@ def test_error_feedback_telescopes_while_the_basis_moves() -> None:
             meant[name] += update[name]
             said[name] += encoded.decoded[name]
         changes = [*changes, encoded.decoded][-WINDOW:]
-        codec = Compressor.moving(changes)
+        codec = moving(changes)
     assert methods == {"dead-zone", "moving"}
     owed = state.tensors(LAYOUT)
     for name in SHAPES:
@@ -178,23 +185,42 @@ def test_error_feedback_telescopes_while_the_basis_moves() -> None:
 
 def test_what_cannot_be_followed_is_refused() -> None:
     nothing = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
-    with pytest.raises(CodecError, match="at least one change"):
-        Compressor.moving([])
+    with pytest.raises(CodecError, match="1 to 6 changes, not 0"):
+        moving([])
     with pytest.raises(CodecError, match="not zero"):
-        Compressor.moving([nothing, nothing])
+        moving([nothing, nothing])
     with pytest.raises(CodecError, match="1 to 6 changes, not 7"):
         MovingBasis(LAYOUT, tuple(_changes(1, 7)))
-    with pytest.raises(CodecError, match="no file"):
-        Compressor.moving(_changes(1)).to_bytes()
     with pytest.raises(CodecError, match="encoder to export"):
-        Compressor.moving(_changes(1)).encoder_onnx()
+        moving(_changes(1)).encoder_onnx()
     with pytest.raises(CodecError, match="differ"):
-        MovingBasis(LAYOUT, ({"x": np.ones(3, np.float32)},)).digest  # noqa: B018
+        MovingBasis(LAYOUT, ({"x": np.ones(3, np.float32)},)).trend  # noqa: B018
+
+
+def test_its_file_is_the_changes_and_a_holder_follows_by_itself() -> None:
+    plain = Compressor.deadzone(LAYOUT)
+    coded = [plain.encode(change, bytes_target=600).data for change in _changes(16, WINDOW + 3)]
+    newest = Compressor.moving(coded, layout=LAYOUT)
+    assert len(newest.to_bytes()) < 700 * WINDOW + 2000
+    read = Compressor.from_bytes(newest.to_bytes())
+    assert read.codec_id == newest.codec_id
+    assert (read.format, plain.format) == (2, 1)
+    holder = plain
+    for codes in coded:
+        holder = holder.followed([codes])
+    assert holder.codec_id == newest.codec_id
+    behind = Compressor.moving(coded[:-3], layout=LAYOUT)
+    assert behind.followed(coded[-3:]).codec_id == newest.codec_id
+    with pytest.raises(CodecError):
+        behind.followed([coded[0][:-4]])
+    learned = Compressor.fit(_changes(16, 2))
+    with pytest.raises(CodecError, match="another codec"):
+        plain.followed([learned.encode(_changes(17, 1)[0]).data])
 
 
 @pytest.mark.parametrize("damage", ["cut", "longer", "flipped"])
 def test_damaged_codes_are_refused(damage: str) -> None:
-    codec = Compressor.moving(_changes(14))
+    codec = moving(_changes(14))
     data = codec.encode(_changes(15)[0], bytes_target=400).data
     assert data[:4] == MAGIC
     assert data[4] == Method.MOVING
@@ -212,10 +238,8 @@ import sys, json, hashlib
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 sys.path.insert(0, sys.argv[2])
-from test_compression_moving import LAYOUT, _changes
-from compression.codec import Compressor
-from compression.moving import MovingBasis
-codec = Compressor.moving(_changes(21))
+from test_compression_moving import _changes, moving
+codec = moving(_changes(21))
 basis = codec.basis
 print(json.dumps({
     "id": codec.codec_id,
@@ -245,7 +269,7 @@ def test_another_kind_of_processor_derives_the_same_basis(tmp_path: Path) -> Non
         found[name] = json.loads(out.stdout)
     assert found["here"]["id"] == found["old"]["id"]
     assert found["here"]["classes"] == found["old"]["classes"]
-    codec = Compressor.moving(_changes(21))
+    codec = moving(_changes(21))
     for one in found.values():
         decoded = codec.decode(bytes.fromhex(one["data"]))
         ours = codec.encode(_changes(22)[0], bytes_target=400).decoded

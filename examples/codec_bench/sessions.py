@@ -16,7 +16,6 @@ import numpy.typing as npt
 from compression.baselines.method import Baseline
 from compression.blocks import Layout
 from compression.codec import Compressor, FeedbackState
-from compression.moving import WINDOW
 from compression.errors import CodecError
 
 F32 = npt.NDArray[np.float32]
@@ -185,12 +184,11 @@ class Moving(DeadZone):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._changes: list[Update] = []
+        self._whole = Compressor.identity(self.codec.layout)
 
     def end_round(self, mean: Update) -> None:
         """Follow the adapter."""
-        self._changes = [*self._changes, dict(mean)][-WINDOW:]
-        self.codec = Compressor.moving(self._changes, layout=self.codec.layout)
+        self.codec = self.codec.followed([self._whole.encode(dict(mean)).data])
 
 
 class Learned(DeadZone):
