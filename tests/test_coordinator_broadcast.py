@@ -13,9 +13,10 @@ from compression import formats
 from compression.codec import Compressor, FeedbackState
 from compression.downlink import digest_of
 from coordinator.abilities import Known
+from coordinator.algorithms.rounds import learn
 from coordinator.config import AdapterSection
 from coordinator.exchange import AdapterExchange, LocalTraining
-from coordinator.programs import Reply
+from coordinator.programs import Note, Reply
 from edge_sdk.errors import Lacking
 from edge_sdk.train.held import HeldAdapters
 from edge_sdk.train.lora import LoraSpec, from_bytes
@@ -306,7 +307,11 @@ def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
     again = fleet.exchange()
     again.restore(exchange.state())
     assert again.aged
-    exchange.learn_codec([fleet.began["a"]])
+    (note,) = learn(exchange, [fleet.began["a"]])
+    assert isinstance(note, Note)
+    assert note.values["codec"] == "refreshed"
+    assert (note.values["aged"], note.values["new"]) == (aged, exchange.codec.codec_id)
+    assert (note.values["updates"], note.values["fallbacks"]) == (3, 3)
     assert not exchange.wants_codec
     assert exchange.codec.codec_id != aged
 
