@@ -135,6 +135,22 @@ class Compressor:
         """
         return self.moving([*self.changes, *changes], layout=self.layout, ratio=self.ratio)
 
+    def followed_to(self, codec_id: str, changes: Sequence[bytes]) -> "Compressor":
+        """This codec, or the one named `codec_id` that it becomes after the last of `changes`.
+
+        It may have followed the first of them before, so each beginning is tried.
+
+        Raises:
+            CodecError: a change is malformed, or none of the beginnings leads there.
+        """
+        if self.codec_id == codec_id:
+            return self
+        for start in range(len(changes)):
+            found = self.followed(changes[start:])
+            if found.codec_id == codec_id:
+                return found
+        raise CodecError(f"codec {codec_id} is not what {self.codec_id} becomes; ask for it")
+
     # --- encode and decode --------------------------------------------------------------------
 
     def encode(

@@ -180,14 +180,16 @@ class Chain:
         self.tensors, self._codes = made, codes
         return made
 
-    def open(self) -> None:
-        """Make what was adopted the version that differences start from."""
+    def open(self) -> bytes:
+        """Make what was adopted the version that differences start from; return its codes."""
         if not self._codes:
-            return
-        self._links.append(Link(digest_of(self._base), self._codes))
+            return b""
+        codes = self._codes
+        self._links.append(Link(digest_of(self._base), codes))
         self._base, self._codes = self.tensors, b""
         while sum(link.size for link in self._links) >= self.whole_bytes:
             del self._links[0]
+        return codes
 
     def since(self, digest: bytes) -> tuple[Link, ...] | None:
         """The opened links from `digest` on; () if it is the newest, None if a whole one is less.

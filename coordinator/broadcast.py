@@ -59,10 +59,15 @@ class Broadcast:
         except CodecError as exc:
             raise RemoteProtocolError(f"the new adapter cannot be sent: {exc}") from exc
 
-    def open(self) -> Factors:
-        """Send out what was adopted last, from now on; return it."""
-        self._chain.open()
-        return dict(self._chain.tensors)
+    def open(self) -> tuple[Factors, bytes]:
+        """Send out what was adopted last, from now on; return it and its change's codes, if any."""
+        codes = self._chain.open()
+        return dict(self._chain.tensors), codes
+
+    @property
+    def digest(self) -> bytes:
+        """Of the adapter adopted last."""
+        return self._chain.digest
 
     def carried(self, device: str, *, whole: bool) -> Carried:
         """What `device` needs to begin with the opened adapter; `whole` if it asked for a copy."""

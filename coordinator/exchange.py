@@ -6,6 +6,8 @@ travel, what the task is, or which algorithm asks.
 One `AdapterExchange` is the state that every federated-adapter program shares. It is rebuilt from
 the bytes of its last `state()`. With a `down_ratio` the adapter goes down as a coded difference
 (`broadcast.py`); what the coordinator then works with is what devices decode, never the original.
+The codec of updates then follows those differences, which devices have too (`moving.py`); without
+them it is learned once from the first round's updates, and sent.
 """
 
 import logging
@@ -44,6 +46,9 @@ from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, TrainAdapter
 
 logger = logging.getLogger(__name__)
 
+MOST_CODECS = 16
+"""Newest codecs kept: updates made with an older one come too late to count."""
+
 MIN_UPDATE_BYTES = 512
 """No allowance is smaller: below this a codec's headers leave nothing for values."""
 
@@ -73,6 +78,7 @@ class _Held(msgspec.Struct):
     broadcast: bytes = b""
     aged: bool = False
     fallbacks: dict[str, tuple[int, int]] = {}
+    at: dict[bytes, str] = {}
 
 
 class AdapterExchange:
@@ -113,6 +119,7 @@ class AdapterExchange:
         self.aged = False
         self.fallbacks: dict[str, tuple[int, int]] = {}
         self._holders: dict[str, set[str]] = {}
+        self._at: dict[bytes, str] = {}  # digest of an opened adapter -> codec asked for with it
         self._globals: dict[int, Factors] = {}
 
     @property
@@ -124,11 +131,19 @@ class AdapterExchange:
         """Ask for `codec` from now on; each device gets it once, with its next task."""
         self._codec, self.aged = codec, False
         self._codecs[codec.codec_id] = codec
+        for old in [c for c in self._codecs if c != self._plain.codec_id][:-MOST_CODECS]:
+            del self._codecs[old]
+            self._holders.pop(old, None)
+            self.fallbacks.pop(old, None)
+        self._at = {digest: c for digest, c in self._at.items() if c in self._codecs}
 
     @property
     def wants_codec(self) -> bool:
-        """Whether one should be learned from the updates that just came: the first, or an aged."""
-        return self._codec.basis is None or self.aged
+        """Whether one should be learned from the updates that just came: the first, or an aged.
+
+        Never where adapters go down as differences: there the codec follows those by itself.
+        """
+        return self._broadcast is None and (self._codec.basis is None or self.aged)
 
     @property
     def traffic(self) -> dict[str, int]:
@@ -148,7 +163,10 @@ class AdapterExchange:
     def start(self, step: int, release: str, training: LocalTraining) -> TaskFor:
         """Open round `step` on top of `release` and return the task of each device."""
         if self._broadcast is not None:
-            self.factors = self._broadcast.open()
+            self.factors, change = self._broadcast.open()
+            if change:
+                self.use_codec(self._codec.followed([change]))
+            self._at[self._broadcast.digest] = self._codec.codec_id
         self._globals[step], self._up, self._down = self.factors, {}, {}
         for old in [s for s in self._globals if s < step - LATE_STEPS]:
             del self._globals[old]
@@ -157,15 +175,17 @@ class AdapterExchange:
         if training.ratio > 0:
             target = max(MIN_UPDATE_BYTES, int(self._codec.raw_bytes / training.ratio))
         holders = {codec: frozenset(devices) for codec, devices in self._holders.items()}
-        broadcast = self._broadcast
+        broadcast, at = self._broadcast, dict(self._at)
 
         def task(device: str) -> AnyMessage:
             known, start = self._about(device, step), whole
             codec = self._codec_for(known.reads)
-            held = "codec" not in known.lacks and device in holders.get(codec.codec_id, ())
-            packed = b"" if held else codec.to_bytes()
             if broadcast is not None and reads_deltas(known.reads):
                 start = broadcast.carried(device, whole="adapter" in known.lacks)
+            held = device in holders.get(codec.codec_id, ())
+            if start.deltas and codec.changes:  # then it makes the codec from the one it holds
+                held |= device in holders.get(at.get(start.deltas[0].base, ""), ())
+            packed = b"" if held and "codec" not in known.lacks else codec.to_bytes()
             self._down[device] = len(packed) + start.size
             return TrainAdapter(
                 task_id=f"train-{step}",
@@ -323,6 +343,7 @@ class AdapterExchange:
                 broadcast=self._broadcast.to_bytes() if self._broadcast is not None else b"",
                 aged=self.aged,
                 fallbacks=dict(sorted(self.fallbacks.items())),
+                at=self._at,
             )
         )
 
@@ -335,7 +356,7 @@ class AdapterExchange:
         self._globals = {step: from_bytes(blob) for step, blob in held.globals.items()}
         self.factors = self._globals.pop(-1)
         self.replicas = {name: from_bytes(blob) for name, blob in held.replicas.items()}
-        self.aged, self.fallbacks = held.aged, held.fallbacks
+        self.aged, self.fallbacks, self._at = held.aged, held.fallbacks, held.at
         if self._down_ratio and held.broadcast:
             self._broadcast = Broadcast.from_bytes(held.broadcast, ratio=self._down_ratio)
         elif self._down_ratio:  # switched on amid a run

@@ -264,13 +264,17 @@ class LearningDesk:
         from compression.errors import CodecError
 
         data = order.codec or self._recall(CODEC)
+        if not data:
+            raise Lacking(f"codec {order.codec_id} is not here and was not sent along", "codec")
+        changes = [delta.codes for delta in getattr(order, "deltas", ())]
         try:
-            codec = Compressor.from_bytes(data) if data else None
+            codec = Compressor.from_bytes(data)
         except CodecError as exc:
             raise RuntimeFailure(f"the codec cannot be used: {exc}") from exc
-        if codec is None or codec.codec_id != order.codec_id:
-            reason = f"codec {order.codec_id} is not here and was not sent along"
-            raise Lacking(reason, "codec")
+        try:
+            codec = codec.followed_to(order.codec_id, changes)
+        except CodecError as exc:
+            raise Lacking(str(exc), "codec") from exc
         try:
             feedback = FeedbackState.from_bytes(self._recall(FEEDBACK))
             feedback.tensors(codec.layout)  # of this layout?

@@ -12,6 +12,7 @@ import pytest
 from compression import formats
 from compression.codec import Compressor, FeedbackState
 from compression.downlink import digest_of
+from compression.errors import CodecError
 from coordinator.abilities import Known
 from coordinator.algorithms.rounds import learn
 from coordinator.config import AdapterSection
@@ -34,7 +35,7 @@ class Fleet:
     def __init__(self, *names: str, down_ratio: float = 20.0) -> None:
         self.known = dict.fromkeys(names, NEW)
         self.held = dict.fromkeys(names, b"")
-        self.codecs: dict[str, Compressor] = {}
+        self.codecs: dict[str, Compressor] = {}  # the newest of each device
         self.feedback = {name: FeedbackState() for name in names}
         self.began: dict[str, dict[str, np.ndarray]] = {}
         self.tasks: list[TrainAdapter] = []
@@ -52,9 +53,9 @@ class Fleet:
 
     def answer(self, name: str, task: TrainAdapter) -> Reply:
         self.tasks.append(task)
-        if task.codec:
-            codec = Compressor.from_bytes(task.codec)
-            self.codecs[codec.codec_id] = codec
+        codec = Compressor.from_bytes(task.codec) if task.codec else self.codecs[name]
+        codec = codec.followed_to(task.codec_id, [delta.codes for delta in task.deltas])
+        self.codecs[name] = codec
         adapters = HeldAdapters.from_bytes(self.held[name])
         begun = adapters.begin(task, LAYOUT)
         self.held[name] = adapters.to_bytes()  # as the device's one transaction
@@ -65,7 +66,6 @@ class Fleet:
             k: ((drift.normal(size=s) + rng.normal(size=s)) * 0.01).astype(np.float32)
             for k, s in LAYOUT.items()
         }
-        codec = self.codecs[task.codec_id]
         encoded = codec.encode(change, self.feedback[name], task.bytes_target)
         update = AdapterUpdate(
             task.task_id, task.round, task.release, codec.codec_id, encoded.data, 5,
@@ -256,40 +256,74 @@ def test_it_may_be_switched_on_and_off_amid_a_run() -> None:
         exchange.receive([reply])
 
 
-def test_old_devices_get_whole_adapters_and_the_codec_that_they_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Newer(Compressor):
-        format = 2  # type: ignore[assignment]
-
-    fleet = Fleet("old", "newest", "new")
-    fleet.known |= {
-        "old": Known(),
-        "newest": Known(frozenset({"codec.1", "codec.2", "delta.1"})),
-    }
+def test_each_device_gets_the_adapter_and_the_codec_that_it_reads() -> None:
+    fleet = Fleet("oldest", "older", "new")
+    fleet.known |= {"oldest": Known(), "older": Known(frozenset({"codec.1", "delta.1"}))}
     exchange = fleet.exchange()
-    fleet.round(exchange, 0, "old", "newest", "new")
-    newer = Newer(exchange.codec.layout, exchange.codec.method, ratio=33.0)
-    exchange.use_codec(newer)
+    fleet.round(exchange, 0, "oldest", "older", "new")
 
     task = exchange.start(1, "base", HOW)
     asked = {name: task(name) for name in fleet.known}
 
-    assert asked["old"].adapter
-    assert not asked["old"].digest
-    assert asked["newest"].codec_id == newer.codec_id
-    assert asked["newest"].codec
-    plain = {asked[name].codec_id for name in ("old", "new")}
-    assert plain == {fleet.tasks[0].codec_id}
-    assert not asked["new"].codec  # sent once, with the round before
+    assert asked["oldest"].adapter
+    assert not asked["oldest"].digest
+    assert {asked[name].codec_id for name in ("oldest", "older")} == {fleet.tasks[0].codec_id}
+    assert not asked["older"].codec  # sent once, with the round before
+    assert asked["new"].codec_id == exchange.codec.codec_id != fleet.tasks[0].codec_id
+    assert not asked["new"].codec  # it follows from the difference
     fleet.known["new"] = replace(NEW, lacks=frozenset({"codec"}))
-    assert task("new").codec
+    assert Compressor.from_bytes(task("new").codec).codec_id == exchange.codec.codec_id
     fleet.known["new"] = NEW
-    exchange.receive([fleet.answer(name, asked[name]) for name in asked])  # all are read
+    replies = [fleet.answer(name, asked[name]) for name in asked]
+    exchange.receive(replies)  # all are read
+    made = {r.device: Compressor.method_of(r.message.codes) for r in replies}
+    assert made == {"oldest": "dead-zone", "older": "dead-zone", "new": "moving"}
+
+
+def test_codecs_follow_the_adapter_and_are_sent_to_newcomers_only() -> None:
+    fleet = Fleet("a", "bb", "late")
+    exchange = fleet.exchange()
+    sent = {}
+    for step, names in enumerate([("a", "bb")] * 9 + [("a", "bb", "late")] * 2):
+        fleet.round(exchange, step, *names)
+        sent[step] = {
+            n: bool(t.codec) for n, t in zip(names, fleet.tasks[-len(names) :], strict=True)
+        }
+
+    assert sent[0] == {"a": True, "bb": True}
+    assert not any(any(sent[step].values()) for step in range(1, 9))
+    assert sent[9] == {"a": False, "bb": False, "late": True}
+    assert not any(sent[10].values())
+    assert len({task.codec_id for task in fleet.tasks}) == 11  # a new one with every round
+
+    again = fleet.exchange()
+    again.restore(exchange.state())
+    fleet.round(again, 11, "a", "late")
+    assert not any(task.codec for task in fleet.tasks[-2:])
+    fleet.codecs["a"] = Compressor.deadzone(exchange.codec.layout)  # it lost what it held
+    with pytest.raises(CodecError, match="ask for it"):
+        fleet.round(again, 12, "a")
+
+
+def test_a_lost_answer_or_a_round_taken_back_costs_a_codec_at_most() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a", "bb")
+    fleet.answer("a", exchange.start(1, "base", HOW)("a"))  # its answer is lost
+    fleet.round(exchange, 1, "bb")
+    fleet.round(exchange, 2, "a", "bb")  # both differences come, of which it followed one
+    assert not fleet.tasks[-2].codec
+    assert len(fleet.tasks[-2].deltas) == 2
+
+    before = exchange.state()
+    fleet.round(exchange, 3, "a", "bb")
+    exchange.roll_back(before)
+    fleet.round(exchange, 4, "a", "bb")
+    assert fleet.codecs["a"].codec_id == exchange.codec.codec_id
 
 
 def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
-    fleet = Fleet("a", "bb", "ccc")
+    fleet = Fleet("a", "bb", "ccc", down_ratio=0.0)
     exchange = fleet.exchange()
     rng = np.random.default_rng(0)
     noise = [

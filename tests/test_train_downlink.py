@@ -183,7 +183,7 @@ def test_a_codec_of_an_unknown_format_or_none_at_all_is_refused_with_the_next_st
         data, name = newer.to_bytes(), newer.codec_id
     desk = Desk(tmp_path)
 
-    with pytest.raises(RuntimeFailure, match="codec format 9; this version reads 1; upgrade"):
+    with pytest.raises(RuntimeFailure, match="codec format 9; this version reads 1, 2; upgrade"):
         desk.do(order(codec=data, codec_id=name))
     with pytest.raises(Lacking) as refusal:
         desk.do(order(codec=b"", codec_id=name))
