@@ -138,6 +138,23 @@ def test_a_pupil_comes_nearer_to_its_teacher_and_only_on_chosen_texts() -> None:
     assert said[False] == np.exp(before.logps[before.ids == 7].astype(np.float32)).mean()
 
 
+def test_a_step_in_parts_has_the_loss_of_the_whole_step() -> None:
+    """Texts of unlike length, so that a mean of the parts' means would be another number."""
+    rows = lesson_texts(reader(), [*PAIRS, ("the cat", "sum")], whole=True)
+    V = tokenizer().get_vocab_size()
+    said = logit_table(model(seed=2), rows, kept=4, vocabulary=V)
+    targets = Targets(said.places, said.ids.astype(np.int64), np.exp(said.logps.astype("f4")))
+    chosen = np.arange(len(rows)) % 2 == 0
+    how = Lesson(share=0.5, steps=2, batch=10, lr=1e-3)
+
+    losses = [
+        teach(Adapter(model(seed=1), SPEC), rows, targets, chosen, how, seed=0, at_once=at_once)
+        for at_once in (0, 1, 3)
+    ]
+
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-3)
+
+
 def test_teaching_without_texts_or_steps_changes_nothing() -> None:
     adapter = Adapter(model(seed=1), SPEC)
     start = adapter.factors()
