@@ -35,7 +35,7 @@ LARGE = Settings(
     rank=64, adapted=4, tokens=32, steps=10, batch=2, lr=5e-4, rows=800, held_out=48
 )  # fmt: skip
 ENCODER = Settings(
-    rank=8, adapted=3, tokens=24, steps=10, batch=4, lr=1e-3, rows=400, held_out=480
+    rank=8, adapted=3, tokens=24, steps=10, batch=4, lr=5e-4, rows=400, held_out=480
 )  # fmt: skip
 SKEW = 0.5
 """Dirichlet parameter of the encoder clients' labels."""
