@@ -40,6 +40,7 @@ from edge_sdk.store.ledger import Ledger
 from edge_sdk.store.mailbox import Letter, Mailbox
 from edge_sdk.store.outbox import OutboxRules
 from edge_sdk.tasks import Event, Handled, TaskDesk
+from edge_sdk.train.policy import Policy
 from edge_sdk.wire.enrolment import EnrolmentCode
 from edge_sdk.wire.messages import Enrolled, Renewed, decode, encode
 
@@ -74,15 +75,18 @@ class EdgeDevice:
         *,
         link: Link | None = None,
         on_event: Event | None = None,
+        policy: Policy | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Open the device's state; nothing is sent or loaded yet.
 
         `link` replaces the MQTT link of the settings, e.g. by `edge_sdk.link.memory.MemoryLink`.
-        `on_event` is called with a plain dict at each step worth showing. `now` is this machine's
+        `on_event` is called with a plain dict at each step worth showing. `policy` is asked before
+        each step of a training whether it may go on (`edge_sdk.train.policy`); it takes the place
+        of `train.min_charge` and `train.max_load`, which decide without it. `now` is this machine's
         clock in seconds since 1970; it is shown and written down, and nothing is judged by it.
         """
-        self.config, self._now = config, now
+        self.config, self._now, self._policy = config, now, policy
         self._tell: Event = on_event or (lambda event: None)
         self._state = Path(config.device.state_dir)
         try:
@@ -125,11 +129,13 @@ class EdgeDevice:
         *,
         link: Link | None = None,
         on_event: Event | None = None,
+        policy: Policy | None = None,
         **overrides: object,
     ) -> "EdgeDevice":
         """Open the device that the TOML file `path` describes.
 
-        `overrides` win over the file: `train__threads=2`, or `**{"train.threads": 2}`.
+        `overrides` win over the file: `train__threads=2`, or `**{"train.threads": 2}`. The rest is
+        `EdgeDevice`'s own.
 
         Raises:
             ConfigError: the file or an override is wrong.
@@ -137,7 +143,7 @@ class EdgeDevice:
             StorageError: the state folder refuses.
         """
         dotted = {key.replace("__", "."): value for key, value in overrides.items()}
-        return cls(EdgeConfig.load(path, dotted), link=link, on_event=on_event)
+        return cls(EdgeConfig.load(path, dotted), link=link, on_event=on_event, policy=policy)
 
     def __enter__(self) -> "EdgeDevice":
         return self
@@ -496,5 +502,6 @@ class EdgeDevice:
                 models=self._models(),
                 recall=self._memory.recall,
                 on_event=self._tell,
+                policy=self._policy,
             )
         return self._desk

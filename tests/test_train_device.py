@@ -11,7 +11,7 @@ from edge_sdk import learning_tasks
 from edge_sdk.agent import EdgeDevice
 from edge_sdk.errors import Postponed
 from edge_sdk.train import policy
-from edge_sdk.train.policy import Gate, Power
+from edge_sdk.train.policy import GO, Answer, Gate, Power, Verdict
 from edge_sdk.wire.messages import AdapterUpdate, Refused
 from tests.edge_world import Coordinator, example_set, offer, order, releases
 from tests.test_edge_device import asked, enrolled, opened
@@ -36,8 +36,12 @@ def power(monkeypatch: pytest.MonkeyPatch) -> list[Power]:
     """What the device reads, one by one; the last for ever."""
     said = [Power(80, mains=False)]
     monkeypatch.setattr(policy, "read_power", lambda: said.pop(0) if len(said) > 1 else said[0])
-    monkeypatch.setattr(learning_tasks, "Gate", partial(Gate, in_place_s=0))
     return said
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_tasks, "Gate", partial(Gate, in_place_s=0))
 
 
 def ready(coordinator: Coordinator, made: EdgeDevice) -> EdgeDevice:
@@ -78,3 +82,28 @@ def test_out_of_patience_or_of_memory_it_says_so(
     assert "train.memory_mb allows 1" in refused.reason
     assert isinstance(tired, Refused)
     assert "battery at 5 %, below 30" in tired.reason
+
+
+def test_an_application_puts_training_off_by_a_policy_of_its_own(
+    coordinator: Coordinator, tmp_path: Path, power: list[Power]
+) -> None:
+    """By the settings it would wait for the battery; the application's word takes their place."""
+    power[:] = [Power(5, mains=False)]
+    says = [GO, GO, Answer(Verdict.WAIT, "the user is typing")]  # loading, one step, then not now
+    asked_of_it = []
+
+    def application() -> Answer:
+        asked_of_it.append(says.pop(0) if len(says) > 1 else says[0])
+        return asked_of_it[-1]
+
+    rules = RULES.format(patience=60, memory=0)
+    with opened(coordinator, tmp_path, rules, policy=application) as device:
+        ready(coordinator, device)
+        with pytest.raises(Postponed, match="the user is typing"):
+            asked(coordinator, device, order(task_id="t"))
+        put_off = [answer.verdict for answer in asked_of_it]
+        says[:] = [GO]
+        (reply,) = coordinator.talk(device, until=1)
+
+    assert put_off == [Verdict.GO, Verdict.GO, Verdict.WAIT]
+    assert isinstance(reply, AdapterUpdate)
