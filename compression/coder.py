@@ -26,8 +26,8 @@ from compression.header import Header, Method, bfloat16, header_bytes
 from compression.moving import MovingBasis
 from compression.transforms import EncoderSession, Plain, transforms
 
-GATE_MARGIN = 0.999
-"""A learned cosine may be this little below the plain quantizer's, which is an estimate."""
+GATE_MARGIN = 0.998
+"""A cosine may be this little below the plain quantizer's, which is an estimate."""
 
 F16 = npt.NDArray[np.float16]
 F64 = npt.NDArray[np.float64]

@@ -85,6 +85,7 @@ class AdapterExchange:
     """Global factors, past global factors, codecs, and the newest factors of each device.
 
     Attributes:
+        about: what each device reads, and what it lacked of a round's tasks.
         factors: the present global factors, exactly as devices will read them.
         replicas: device id -> start + decoded update, the newest of each device.
         aged: in the last round most updates of the learned codec fell back to the dead zone.
@@ -103,7 +104,7 @@ class AdapterExchange:
         about: About = nothing_known,
     ) -> None:
         """`down_ratio`: times fewer bytes than float32 on the way down; 0: whole float16 adapters,
-        which lose nothing. `about` says what each device reads and lacks."""
+        which lose nothing."""
         self.family, self.layout, self.spec, self.seed = family, layout, spec, seed
         self.rule = rule or Rule()
         self.factors: Factors = start_factors(layout, seed)
@@ -111,7 +112,7 @@ class AdapterExchange:
         blocks = BlockLayout(tuple(layout), tuple(layout.values()))
         self._codec = self._plain = Compressor.deadzone(blocks)
         self._codecs = {self._codec.codec_id: self._codec}
-        self._about = about
+        self.about = about
         self._down_ratio = down_ratio
         self._broadcast = Broadcast(self.factors, ratio=down_ratio) if down_ratio else None
         self._down: dict[str, int] = {}
@@ -143,7 +144,8 @@ class AdapterExchange:
 
         Never where adapters go down as differences: there the codec follows those by itself.
         """
-        return self._broadcast is None and (self._codec.basis is None or self.aged)
+        untried = self._codec.basis is None and not self.fallbacks
+        return self._broadcast is None and (untried or self.aged)
 
     @property
     def traffic(self) -> dict[str, int]:
@@ -153,8 +155,13 @@ class AdapterExchange:
     def learn_codec(self, changes: Sequence[Factors]) -> None:
         """Fit the learned codec on decoded updates and ask for it from now on.
 
-        When there is nothing to learn from (no update moved) the present codec stays.
+        When there is nothing to learn from (no update moved) the present codec stays. One that
+        fell back for most of its life was never better than the plain one, which takes its place.
         """
+        sent, fell = self.fallbacks.get(self._codec.codec_id, (0, 0))
+        if 2 * fell > sent:
+            self.use_codec(self._plain)
+            return
         try:
             self.use_codec(Compressor.fit(list(changes), layout=self._codec.layout))
         except CodecError as exc:
@@ -178,8 +185,8 @@ class AdapterExchange:
         broadcast, at = self._broadcast, dict(self._at)
 
         def task(device: str) -> AnyMessage:
-            known, start = self._about(device, step), whole
-            codec = self._codec_for(known.reads)
+            known, start = self.about(device, step), whole
+            codec = self.codec_for(known.reads)
             if broadcast is not None and reads_deltas(known.reads):
                 start = broadcast.carried(device, whole="adapter" in known.lacks)
             held = device in holders.get(codec.codec_id, ())
@@ -211,9 +218,13 @@ class AdapterExchange:
 
         return task
 
-    def _codec_for(self, reads: Collection[str]) -> Compressor:
+    def codec_for(self, reads: Collection[str]) -> Compressor:
         """The present codec, or for a device of an earlier version the plain one."""
         return self._codec if self._codec.format in codec_formats(reads) else self._plain
+
+    def now_holds(self, device: str, codec_id: str) -> None:
+        """Note that `device` has used this codec: it is not sent it again."""
+        self._holders.setdefault(codec_id, set()).add(device)
 
     def check(self) -> Check:
         """Looks at one update, cheap before dear: round and codec, length, codes, shapes as the
@@ -248,6 +259,15 @@ class AdapterExchange:
                 f"device {device} answers round {update.round}, which is not open; "
                 f"open are {sorted(self._globals)}"
             )
+        return self.opened(device, update)
+
+    def opened(self, device: str, update: AdapterUpdate) -> Factors:
+        """As `decode`, of an update to another task than a round's training.
+
+        Raises:
+            RemoteProtocolError: unknown codec, or factors that do not fit.
+            CodecError: the codes are malformed.
+        """
         codec = self._codecs.get(update.codec_id)
         if codec is None:
             raise RemoteProtocolError(f"device {device} used codec {update.codec_id!r}, never sent")
@@ -274,7 +294,7 @@ class AdapterExchange:
             base = self._globals[message.round]
             factors = add(base, change)
             changes.append((device, change))
-            self._holders.setdefault(message.codec_id, set()).add(device)
+            self.now_holds(device, message.codec_id)
             self._up[device] = self._up.get(device, 0) + len(message.codes)
             methods += self._method(message)
             if self._broadcast is not None:

@@ -331,11 +331,12 @@ def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
     ]
     exchange.use_codec(Compressor.fit(noise, layout=exchange.codec.layout, width=1))
     aged = exchange.codec.codec_id
+    exchange.fallbacks[aged] = (9, 0)  # it served for three rounds
     assert not exchange.wants_codec
 
     fleet.round(exchange, 0, "a", "bb", "ccc")
 
-    assert exchange.fallbacks[aged] == (3, 3)  # one direction of 64 cannot hold such a change
+    assert exchange.fallbacks[aged] == (12, 3)  # one direction of 64 cannot hold such a change
     assert exchange.aged
     assert exchange.wants_codec
     again = fleet.exchange()
@@ -345,7 +346,7 @@ def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
     assert isinstance(note, Note)
     assert note.values["codec"] == "refreshed"
     assert (note.values["aged"], note.values["new"]) == (aged, exchange.codec.codec_id)
-    assert (note.values["updates"], note.values["fallbacks"]) == (3, 3)
+    assert (note.values["updates"], note.values["fallbacks"]) == (12, 3)
     assert not exchange.wants_codec
     assert exchange.codec.codec_id != aged
 
@@ -383,3 +384,21 @@ def test_an_adapter_update_is_below_one_percent_of_the_shipped_model(
     assert set(adapter.targets) == set(sizes)
     assert without_codec < 0.01 * model
     assert whole > 0.05 * model
+
+
+def test_a_codec_that_never_was_better_is_dropped_for_good() -> None:
+    fleet = Fleet("a", "bb", down_ratio=0.0)
+    exchange = fleet.exchange()
+    plain = exchange.codec
+    rng = np.random.default_rng(0)
+    noise = [{k: rng.normal(size=s).astype(np.float32) for k, s in LAYOUT.items()}]
+    exchange.use_codec(Compressor.fit(noise, layout=plain.layout, width=1))
+    fleet.round(exchange, 0, "a", "bb")
+
+    (note,) = learn(exchange, [fleet.began["a"]])
+
+    assert isinstance(note, Note)
+    assert note.values["codec"] == "dropped"
+    assert exchange.codec.codec_id == plain.codec_id
+    fleet.round(exchange, 1, "a", "bb")
+    assert not exchange.wants_codec

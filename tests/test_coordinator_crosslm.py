@@ -63,7 +63,7 @@ class World:
 
 def test_a_run_asks_tells_publishes_notes_and_commits(home):
     world, devices = World(home), fleet()
-    cfg = dataclasses.replace(CFG, tau=0.0)
+    cfg = dataclasses.replace(CFG, tau=0.0, learn_codec=False)
 
     last = drive(world.program(cfg, whole=lambda *_: "whole"), devices, world.log)
 

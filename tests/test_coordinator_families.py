@@ -114,7 +114,7 @@ def test_families_of_other_shape_and_tokenizer_learn_in_one_run(home):
 
 def test_fedavg_averages_each_family_by_itself_in_rounds_they_share(home):
     world, fleet = World(home), devices()
-    cfg = FedAvgConfig(rounds=2, training=CFG.training)
+    cfg = FedAvgConfig(rounds=2, training=CFG.training, learn_codec=False)
 
     commit = drive(fedavg(world.families, cfg), fleet, world.log, until_commit=0)
     again = World(home)

@@ -46,7 +46,7 @@ def train_asks(log):
 def test_rounds_train_publish_measure_and_commit(tmp_path):
     state, log = exchange(), Log()
 
-    last = drive(program(state, tmp_path), fleet(), log)
+    last = drive(program(state, tmp_path, cfg=replace(CFG, learn_codec=False)), fleet(), log)
 
     kinds = [type(request).__name__ for request in log]
     assert kinds == ["Ask", "Publish", "Ask", "Note", "Commit"] * 2
@@ -57,7 +57,7 @@ def test_rounds_train_publish_measure_and_commit(tmp_path):
     assert isinstance(log.of(Ask)[1].message("dev-a"), OfferModel)
 
 
-def test_the_codec_travels_once_and_is_the_learned_one_after_the_first_round(tmp_path):
+def test_a_codec_travels_once_and_one_that_is_no_better_than_the_plain_one_is_dropped(tmp_path):
     log, devices, state = Log(), fleet(), exchange()
     sent = []
     for name in COHORT:
@@ -68,10 +68,12 @@ def test_the_codec_travels_once_and_is_the_learned_one_after_the_first_round(tmp
 
     ids = [task.codec_id for task in sent]
     assert len(set(ids[:3])) == 1
-    assert len(set(ids[3:])) == 1
+    assert len(set(ids[3:6])) == 1
     assert ids[0] != ids[3]
     assert all(task.codec for task in sent[:6])
+    assert ids[6:] == ids[:3]
     assert not any(task.codec for task in sent[6:])
+    assert [n.values["codec"] for n in log.of(Note) if "codec" in n.values] == ["dropped"]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -77,19 +77,21 @@ def merge(
 
 
 def learn(exchange: AdapterExchange, changes: Sequence[Factors]) -> Generator[Request, Any, None]:
-    """Learn the codec from a round's decoded changes; say so where an earlier one had aged."""
+    """Learn the codec from a round's decoded changes; say what became of one that had aged."""
     old, aged = exchange.codec.codec_id, exchange.aged
     exchange.learn_codec(changes)
     if aged:
         sent, fell = exchange.fallbacks[old]
+        new = exchange.codec
+        done = "kept" if new.codec_id == old else "refreshed" if new.basis else "dropped"
         yield Note(
             {
-                "codec": "refreshed" if exchange.codec.codec_id != old else "kept",
+                "codec": done,
                 "family": exchange.family,
                 "aged": old,
                 "updates": sent,
                 "fallbacks": fell,
-                "new": exchange.codec.codec_id,
+                "new": new.codec_id,
             }
         )
 
