@@ -44,7 +44,7 @@ class BundleFiles:
             raise RuntimeFailure(f"{folder} is not a model bundle: it has no {CONFIG_FILE}")
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
-            files = cls(folder, settings, _manifest(folder))
+            files = cls(folder, settings, read_manifest(folder))
             if min(files.context, files.token_bytes(), int(settings["model"]["vocab_size"])) < 1:
                 raise ValueError("a size in it is below 1")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as exc:
@@ -130,8 +130,13 @@ class BundleFiles:
         )
 
 
-def _manifest(folder: Path) -> ReleaseManifest | None:
-    """The bundle's own description; a plain genai folder has none and serves as well."""
+def read_manifest(folder: Path) -> ReleaseManifest | None:
+    """Return the bundle's own description, None where there is none: a plain folder of genai or
+    transformers.js serves as well.
+
+    Raises:
+        RuntimeFailure: it is there and cannot be read.
+    """
     try:
         return decode_manifest((folder / MANIFEST_FILE).read_bytes())
     except FileNotFoundError:

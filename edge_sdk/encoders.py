@@ -10,7 +10,6 @@ probability) with the company a text is in.
 """
 
 import json
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,16 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.adapters import check_adapter
-from edge_sdk.bundle_files import BundleFiles
-from edge_sdk.errors import ConfigError, FleetError, RuntimeFailure
-from edge_sdk.labels import F32, LabelAnswers, softmax
+from edge_sdk.bundle_files import BundleFiles, read_manifest
+from edge_sdk.encoder_adapters import EncoderAdapters
+from edge_sdk.errors import ConfigError, RuntimeFailure
+from edge_sdk.labels import F32, LabelAnswers, columns_of, softmax
 from edge_sdk.prompts import Tokens, batches, load_tokenizer
 from edge_sdk.sessions import ENCODER_GRAPH
-from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import TextTask
 
-__all__ = ["GRAPH_FILE", "EncoderSession", "columns_of"]
+__all__ = ["GRAPH_FILE", "EncoderSession"]
 
 GRAPH_FILE = ENCODER_GRAPH
 LOGITS, EMBEDDING = "logits", "sentence_embedding"
@@ -40,7 +38,7 @@ _SLOW = ["SkipLayerNormFusion"]
 """Joins a sum and a norm into an operator that takes five times as long on a CPU (1.31)."""
 
 
-class EncoderSession(LabelAnswers):
+class EncoderSession(LabelAnswers, EncoderAdapters):
     """An encoder ready to answer; also a context manager.
 
     Requests from several threads are safe. A refused request leaves the session usable.
@@ -75,18 +73,14 @@ class EncoderSession(LabelAnswers):
         folder = Path(bundle_dir)
         if not (folder / GRAPH_FILE).is_file():
             raise RuntimeFailure(f"{folder} is not an encoder bundle: it has no {GRAPH_FILE}")
-        manifest = _manifest(folder)
+        manifest = read_manifest(folder)
         if check:
             BundleFiles(folder, {}, manifest).check()
         config = _config(folder)
         self.folder, self.release = folder, manifest.release if manifest else ""
         self.task = task or (manifest.task if manifest else None)
         self.tokens_per_s = 0.0
-        self.adapter: Path | None = None
-        self._slots = dict(manifest.adapter_slots) if manifest else {}
-        self._lock = threading.Lock()
-        self._adapters: dict[str, tuple[Path, Any]] = {}
-        self._adapter = ""
+        EncoderAdapters.__init__(self, dict(manifest.adapter_slots) if manifest else {})
         try:
             self._session: Any = _open(folder / GRAPH_FILE, threads)
             self._takes = {value.name for value in self._session.get_inputs()}
@@ -161,67 +155,6 @@ class EncoderSession(LabelAnswers):
         """Return how many tokens of `text` are read."""
         return len(self.encode(text))
 
-    # --- adapters -------------------------------------------------------------------------------
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the loaded adapters."""
-        return tuple(self._adapters)
-
-    def load_adapter(self, name: str, path: Path | str) -> None:
-        """Load the `.onnx_adapter` file `path` beside those already loaded, to be used by `name`.
-
-        Raises:
-            RuntimeFailure: the name is taken, not an adapter file, or an adapter of another base.
-        """
-        if not name or name in self._adapters:
-            raise RuntimeFailure(f"the name {name!r} is empty or taken; unload that adapter first")
-        loaded = self._load(Path(path))
-        with self._lock:
-            self._adapters[name] = (Path(path), loaded)
-
-    def unload_adapter(self, name: str) -> None:
-        """Free the adapter `name`.
-
-        Raises:
-            RuntimeFailure: not loaded, or in use.
-        """
-        with self._lock:
-            if name not in self._adapters:
-                raise RuntimeFailure(f"no adapter {name!r} is loaded; load_adapter loads one")
-            if name == self._adapter:
-                raise RuntimeFailure(f"adapter {name!r} is in use; set_adapter another one first")
-            del self._adapters[name]
-
-    def set_adapter(self, name_or_path: Path | str | None) -> None:
-        """Answer with a loaded adapter, or an `.onnx_adapter` file, from now on; None: with none.
-
-        The model is not loaded again.
-
-        Raises:
-            RuntimeFailure: not an adapter, or one of another base; the old one stays.
-        """
-        name = "" if name_or_path is None else str(name_or_path)
-        loaded = self._load(Path(name)) if name and name not in self._adapters else None
-        with self._lock:
-            # One loaded by its path alone goes when another is chosen.
-            kept = {n: a for n, a in self._adapters.items() if n == name or str(a[0]) != n}
-            if loaded is not None:
-                kept[name] = (Path(name), loaded)
-            self._adapters, self._adapter = kept, name
-            self.adapter = kept[name][0] if name else None
-
-    def _load(self, path: Path) -> Any:
-        import onnxruntime as ort
-
-        check_adapter(path, self._slots)
-        adapter = ort.LoraAdapter()
-        try:
-            adapter.Load(str(path))
-        except Exception as exc:  # onnxruntime raises its own, unexported classes
-            raise RuntimeFailure(f"the adapter {path} cannot be loaded: {exc}") from exc
-        return adapter
-
     # --- the one way to the model ---------------------------------------------------------------
 
     def _rows(self, texts: Sequence[str]) -> list[Tokens]:
@@ -237,12 +170,12 @@ class EncoderSession(LabelAnswers):
         import onnxruntime as ort
 
         with self._lock:
-            session, adapter = self._session, self._adapters.get(self._adapter)
+            session, adapter = self._session, self._in_use()
         if session is None:
             raise RuntimeFailure("the session is closed; open it again")
         options = ort.RunOptions()
         if adapter is not None:
-            options.add_active_adapter(adapter[1])
+            options.add_active_adapter(adapter)
         found: list[Any] = [None] * len(rows)
         for batch in batches(rows, tokens=BATCH_TOKENS):
             feed = self._feed([rows[i] for i in batch])
@@ -272,23 +205,6 @@ class EncoderSession(LabelAnswers):
         if not self.labels:
             raise RuntimeFailure("this encoder has no classifier; it embeds texts")
         return columns_of(task, self.labels) if task else list(range(len(self.labels)))
-
-
-def columns_of(task: TextTask, labels: Sequence[str]) -> list[int]:
-    """Return where a classifier with `labels` has the task's: by name, or by order if its own are
-    plain numbers ("LABEL_0").
-
-    Raises:
-        RuntimeFailure: it lacks a label of the task.
-    """
-    plain = [f"LABEL_{i}" for i in range(len(task.labels))]
-    known = list(task.labels) if list(labels) == plain else list(labels)
-    lacking = sorted(set(task.labels) - set(known))
-    if lacking:
-        raise RuntimeFailure(
-            f"the model has no label {lacking[0]!r} of task {task.name}; it has {', '.join(labels)}"
-        )
-    return [known.index(label) for label in task.labels]
 
 
 def _open(path: Path, threads: int) -> Any:
@@ -321,16 +237,6 @@ def _config(folder: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError) as exc:
         raise RuntimeFailure(f"the bundle {folder} cannot be loaded: {path}: {exc}") from exc
     return config
-
-
-def _manifest(folder: Path) -> ReleaseManifest | None:
-    """The bundle's own description; a folder of transformers.js has none and serves as well."""
-    try:
-        return decode_manifest((folder / MANIFEST_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, FleetError) as exc:
-        raise RuntimeFailure(f"{folder / MANIFEST_FILE} cannot be read: {exc}") from exc
 
 
 def _labels(config: Mapping[str, Any], outputs: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:

@@ -91,6 +91,23 @@ def log_softmax(logits: F32) -> F32:
     return logs
 
 
+def columns_of(task: TextTask, labels: Sequence[str]) -> list[int]:
+    """Return where a classifier with `labels` has the task's: by name, or by order if its own are
+    plain numbers ("LABEL_0").
+
+    Raises:
+        RuntimeFailure: it lacks a label of the task.
+    """
+    plain = [f"LABEL_{i}" for i in range(len(task.labels))]
+    known = list(task.labels) if list(labels) == plain else list(labels)
+    lacking = sorted(set(task.labels) - set(known))
+    if lacking:
+        raise RuntimeFailure(
+            f"the model has no label {lacking[0]!r} of task {task.name}; it has {', '.join(labels)}"
+        )
+    return [known.index(label) for label in task.labels]
+
+
 def _column(task: TextTask, label: str) -> int:
     if label not in task.labels:
         raise DataError(

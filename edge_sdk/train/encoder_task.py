@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_sdk.encoders import columns_of
 from edge_sdk.errors import ConfigError, RuntimeFailure
+from edge_sdk.labels import columns_of
 from edge_sdk.prompts import Tokens
 from edge_sdk.train.text_task import TaskReader
 from edge_sdk.wire.messages import TextTask
