@@ -202,9 +202,9 @@ class TrainSection(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=0,
             le=1 << 40,
-            description="Most bytes of an encoded update, for a metered link; the coordinator's own "
-            "allowance counts where it is less. What does not fit is owed and sent later. 0 means "
-            "no limit.",
+            description="Most bytes of an encoded update, for a metered link; the coordinator's "
+            "own allowance counts where it is less. What does not fit is owed and sent later. "
+            "0 means no limit.",
         ),
     ] = 0
     patience_s: Annotated[

@@ -88,8 +88,8 @@ class TrainAdapter(Message, frozen=True, omit_defaults=True):
     `adapter` is a safetensors blob of float16 factors (empty: the zero adapter drawn from
     `adapter_seed`). With a `digest` (`compression.downlink.digest_of`) the start is the adapter of
     that digest, however the device comes by it: as `adapter`, as one it holds or draws, or by
-    `deltas` from one of these. `codec` is a codec file (`Compressor.to_bytes`), or empty when the device
-    already holds the codec named `codec_id`. `bytes_target` is the allowance for the encoded
+    `deltas` from one of these. `codec` is a codec file (`Compressor.to_bytes`), or empty when the
+    device already holds the codec named `codec_id`. `bytes_target` is the allowance for the encoded
     update, 0 for none. `synthetic_weight` is mu of PAPERS.md 1.
     """
 
@@ -293,8 +293,9 @@ class ModelReport(Message, frozen=True, omit_defaults=True):
 class Refused(Message, frozen=True, omit_defaults=True):
     """A task this device will not or cannot do, and why, in one sentence.
 
-    `lacks` says what would help: "adapter" or "codec" (send the task again with a whole one), or
-    "allowance" (nothing does: what was learned is owed and comes with a later update).
+    `lacks` says what would help: "adapter", "codec" or "words", the LLM's vocabulary (send the task
+    again with a whole one), or "allowance" (nothing does: what was learned is owed and comes with a
+    later update).
     """
 
     task_id: Name
