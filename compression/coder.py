@@ -69,9 +69,7 @@ class Coder:
         self, method: Method, way: Plain, wanted: F64, session: EncoderSession | None
     ) -> "_Plan":
         trend = way.project(wanted).astype(np.float16)
-        rest = (
-            wanted - np.tensordot(trend.astype(np.float64), way.trend, 1) if trend.size else wanted
-        )
+        rest = wanted - way.along(trend)  # step 1
         rms = tuple(_rms(rest[rows]) for rows in way.spans)
         x = np.zeros(rest.shape, np.float32)
         for scale, rows in zip(rms, way.spans, strict=True):
@@ -140,8 +138,7 @@ class Coder:
         blocks = way.blocks(z.reshape(-1, way.width))
         for scale, rows in zip(header.rms, way.spans, strict=True):
             blocks[rows] *= np.float32(scale)
-        if trend.size:
-            blocks += np.tensordot(trend.astype(np.float32), way.trend, 1)
+        blocks += way.along(trend)
         self._layout.clear_padding(blocks)
         return blocks
 

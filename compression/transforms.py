@@ -44,9 +44,13 @@ class Plain:
             slice(rows.start * self.width, rows.stop * self.width) for rows in self.spans
         ]
 
-    def project(self, wanted: F64) -> F64:
+    def project(self, wanted: F64) -> F32:
         """What the update has of each trend, (k,)."""
-        return np.zeros(0)
+        return np.zeros(0, np.float32)
+
+    def along(self, parts: npt.NDArray[np.floating]) -> F32 | float:
+        """The sum of the trends (rows, block), each times its part; 0.0 for none."""
+        return 0.0
 
     def latents(self, x: F32, session: EncoderSession | None) -> F32:
         """Of blocks in units of their RMS."""
@@ -92,9 +96,15 @@ class Moving(Plain):
         self.spans = (slice(0, layout.rows),)
         self.trend, self.classes = basis.trend, list(basis.classes)
 
-    def project(self, wanted: F64) -> F64:
+    def project(self, wanted: F64) -> F32:
         """Inner products: the trend is orthonormal."""
-        return np.asarray(np.tensordot(self.trend, wanted, 2), np.float64)
+        flat = self.trend.reshape(len(self.trend), -1)
+        return np.asarray(flat @ wanted.reshape(-1).astype(np.float32))
+
+    def along(self, parts: npt.NDArray[np.floating]) -> F32 | float:
+        """As `Plain.along`."""
+        flat = self.trend.reshape(len(self.trend), -1)
+        return (parts.astype(np.float32) @ flat).reshape(self.trend.shape[1:])
 
     def latents(self, x: F32, session: EncoderSession | None) -> F32:
         """In the eigenbasis."""
