@@ -4,7 +4,8 @@ Knows a bundle folder and onnxruntime-genai. Does not know where bundles come fr
 be trusted (models.py decides that before), messages, or any network.
 
 A prompt is read by the `tokenizers` library, the one that training uses, so that both see the same
-tokens. What a request may ask is in generation.py, how text is written in answer.py.
+tokens (session_texts.py). What a request may ask is in generation.py, how text is written in
+answer.py.
 """
 
 import time
@@ -19,7 +20,6 @@ import numpy.typing as npt
 from edge_sdk.adapter_use import AdapterUse
 from edge_sdk.answer import Answer, Strand, stopped_by
 from edge_sdk.bundle_files import BundleFiles
-from edge_sdk.chat_template import ChatTemplate, Messages
 from edge_sdk.conversation import Conversation
 from edge_sdk.errors import ConfigError, RuntimeFailure
 from edge_sdk.genai_model import GenaiModel, logits, read
@@ -28,6 +28,7 @@ from edge_sdk.json_answers import check_whole
 from edge_sdk.labels import F32, accuracy
 from edge_sdk.many import MANY_TOKENS, groups, write_many
 from edge_sdk.prompts import READ_TOKENS, Tokens, load_tokenizer
+from edge_sdk.session_texts import SessionTexts
 from edge_sdk.wire.messages import TextTask
 from edge_sdk.word_labels import BATCH_TOKENS, WordLabels
 
@@ -37,7 +38,7 @@ SPEED_TOKENS = 32
 """Tokens generated to measure speed: a tenth of a second on a 10 M model."""
 
 
-class SlmSession(WordLabels, AdapterUse):
+class SlmSession(WordLabels, AdapterUse, SessionTexts):
     """A small language model ready to answer; also a context manager.
 
     Requests from several threads are safe. A refused request leaves the session usable.
@@ -96,9 +97,7 @@ class SlmSession(WordLabels, AdapterUse):
         WordLabels.__init__(self, task, tokenizer, context=limit, batch_tokens=at_once)
         self._many_tokens = limit if tight else MANY_TOKENS
         AdapterUse.__init__(self, self._model)
-        added = tokenizer.get_added_tokens_decoder().values()
-        borders = [token.content for token in added if token.special]
-        self._template = ChatTemplate(files.folder, borders=borders)
+        SessionTexts.__init__(self, files.folder, tokenizer, context=limit)
         self.folder, self._ends = files.folder, files.ends
         self.release = manifest.release if manifest else ""
         self.tokens_per_s = 0.0
@@ -174,33 +173,9 @@ class SlmSession(WordLabels, AdapterUse):
             check_whole(strand.finish, len(strand.tokens))
         return [strand.text for strand in strands]
 
-    def chat_prompt(self, messages: Messages, *, answer: bool = True) -> str:
-        """Return `messages`, each with a role and content, as one prompt in the model's own form.
-
-        The bundle's chat template decides the form; without one it is "User: ...\\nAssistant:".
-
-        Raises:
-            RuntimeFailure: no messages, an unknown role, or a template that refuses or fails.
-        """
-        return self._template.render(messages, answer=answer)
-
     def conversation(self, system: str = "") -> Conversation:
         """Return a new dialogue, begun with the `system`'s words if there are any."""
         return Conversation(self, system)
-
-    def encode(self, text: str, *, special: bool = True) -> Tokens:
-        """Return the token ids of `text`; with `special`, with those that begin a text."""
-        begin = self._template.begin
-        special = special and not (begin and text.startswith(begin))
-        return list(self._tokenizer.encode(text, add_special_tokens=special).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special ones left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def count(self, text: str) -> int:
-        """Return how many tokens `text` has as a prompt."""
-        return len(self.encode(text))
 
     def measure_speed(self, prompt: str = "Request: what is the time?") -> float:
         """Return tokens per second of plain generation, end tokens ignored."""
@@ -310,19 +285,3 @@ class SlmSession(WordLabels, AdapterUse):
         generator = self._model.generator(self.request({}), limit=width + 1, rows=len(rows))
         read(generator, rows)
         return logits(generator)
-
-    def _prompt_ids(self, prompt: str) -> Tokens:
-        if not prompt.strip():
-            raise RuntimeFailure("the prompt is empty; write at least a word")
-        ids = self.encode(prompt)
-        if not ids:
-            raise RuntimeFailure("the prompt has no tokens this model knows")
-        self._check_room(len(ids))
-        return ids
-
-    def _check_room(self, tokens: int) -> None:
-        if tokens >= self.context:
-            raise RuntimeFailure(
-                f"the prompt has {tokens} tokens and the model's context is {self.context}; "
-                f"shorten it to at most {self.context - 1}"
-            )
