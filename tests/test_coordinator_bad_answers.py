@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from coordinator_world import Coordinator, FakeDevice, release_folder, until
+from coordinator_world import Coordinator, FakeDevice, release_folder
 from fleet_of_four import Device, examples
 from learning_world import TASK, model, tokenizer
 from mkt_world import CFG, SPEC, World, devices, home_of
@@ -26,7 +26,7 @@ from coordinator.programs import Commit, Program, Publish
 from edge_sdk.link.memory import MemoryBroker
 from edge_sdk.train.lora import Adapter
 from edge_sdk.train.text_task import TaskReader
-from edge_sdk.wire.messages import AnyMessage, LogitRows, Scores, TeachAdapter
+from edge_sdk.wire.messages import AnyMessage, LogitRows, Score, Scores, TeachAdapter
 
 HONEST = "honest"
 Lie = Callable[[Any], AnyMessage]
@@ -158,6 +158,7 @@ def test_crosslm_goes_on_without_scores_that_cannot_be(fleet: Fleet, tmp_path: P
 
     names = (HONEST, *SCORES)
     world = CrossWorld(folder(tmp_path / "llm", seed=4))
+    honest: list[Scores] = []
 
     def answering(name: str, seed: int) -> Callable[[AnyMessage], AnyMessage | None]:
         reader = TaskReader(TASK, tokenizer(), max_tokens=32)
@@ -165,8 +166,12 @@ def test_crosslm_goes_on_without_scores_that_cannot_be(fleet: Fleet, tmp_path: P
 
         def answer(message: AnyMessage) -> AnyMessage | None:
             said: AnyMessage | None = device.answer(message)
-            lies = name in SCORES and isinstance(said, Scores)
-            return SCORES[name][0](said) if lies else said
+            if not isinstance(said, Scores):
+                return said
+            if name == HONEST:
+                honest.append(said)
+                return said
+            return SCORES[name][0](said)
 
         return answer
 
@@ -180,10 +185,14 @@ def test_crosslm_goes_on_without_scores_that_cannot_be(fleet: Fleet, tmp_path: P
         lambda resume: crosslm(world.llm, [family], cfg, seed=3, resume=resume), run="test"
     )
 
-    until(lambda: len(fleet.refused()) == len(SCORES))
+    assert set(fleet.refused()) == set(SCORES)
     for name, (_, reason) in SCORES.items():
         kind, said = fleet.refused()[name]
         assert kind == "Scores"
         assert reason in said, name
     assert fleet.faults() == {HONEST: 0} | dict.fromkeys(SCORES, 1)
+    assert {[type(m) for m in device.tasks()].count(Score) for device in fleet.devices} == {1}
+    (said,) = honest
+    (note,) = (n for n in fleet.coordinator.told("note") if "round" in n)
+    assert note["score"] == round(sum(said.scores) / cfg.samples, 4)  # not of all five replicas
     assert fleet.coordinator.store.finished("test")

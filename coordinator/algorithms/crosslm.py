@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.algorithms.rounds import mean_accuracy, measured, patiently, told
+from coordinator.algorithms.rounds import gathered, mean_accuracy, patiently, told
 from coordinator.distill import distil, sharpen
 from coordinator.diversity import diversity
 from coordinator.exchange import LocalTraining
@@ -314,9 +314,10 @@ def picked(probs: F32, written: Written, task: TextTask) -> F32:
 def asked(
     fleet: Families, step: int, written: Written, within_s: float
 ) -> Generator[Request, Any, F32 | None]:
-    """The devices' mean scores, (n,); None if nobody gave any. Wrong numbers of them are blamed.
+    """The mean scores of the devices that gave any, (n,); None if nobody did.
 
-    A text of nothing is scored 0 and sent to nobody: an encoder would refuse it, and all with it.
+    Who lies or is silent is left out, and the others count. A text of nothing is scored 0 and
+    sent to nobody: an encoder would refuse it, and all with it.
     """
     rows = [i for i, text in enumerate(written.texts) if text.strip()]
     texts = tuple(written.texts[i] for i in rows)
@@ -330,7 +331,7 @@ def asked(
             raise RemoteProtocolError(f"{len(message.scores)} scores came for {len(texts)} texts")
 
     request = Ask(task, fleet.cohort, len(fleet.cohort), within_s, check)
-    verdicts = yield from measured(request)
+    verdicts = yield from gathered(request)
     found = [reply.message.scores for reply in verdicts if isinstance(reply.message, Scores)]
     if not found:
         return None
