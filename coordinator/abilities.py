@@ -21,7 +21,7 @@ CREATE TABLE IF NOT EXISTS lacking (
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Of one device and round: formats it reads, and what it lacked of that round's task."""
+    """Of one device and round: formats it reads, and what it lacked of that round's tasks."""
 
     reads: frozenset[str] = frozenset()
     lacks: frozenset[str] = frozenset()
@@ -52,11 +52,16 @@ class Abilities:
             )
 
     def lack(self, device: str, round_: str, lacks: Collection[str]) -> None:
-        """Note what `device` lacked of `round_`'s task; only its newest word is kept."""
+        """Note what `device` lacked of `round_`'s tasks, beside what it lacked of them before.
+
+        So a device that lacks two things, and says so one by one, is sent both. Only its newest
+        round is kept.
+        """
         with self._store.transaction() as db:
+            both = self.lacked(device, round_) | set(lacks)
             db.execute(
                 "INSERT OR REPLACE INTO lacking VALUES (?, ?, ?, ?)",
-                (self._tenant, device, round_, json.dumps(sorted(lacks))),
+                (self._tenant, device, round_, json.dumps(sorted(both))),
             )
 
     def about(self, device: str, round_: int) -> Known:
@@ -70,7 +75,7 @@ class Abilities:
         return Known(reads, self.lacked(device, str(round_)))
 
     def lacked(self, device: str, round_: str) -> frozenset[str]:
-        """What `device` lacked of this round's task."""
+        """What `device` lacked of this round's tasks."""
         with self._store.transaction() as db:
             row = db.execute(
                 "SELECT lacks FROM lacking WHERE tenant = ? AND device = ? AND round = ?",

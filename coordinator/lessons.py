@@ -11,15 +11,15 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coordinator.aggregate import Contribution, aggregate, change_norm, check_factors
+from coordinator.aggregate import Contribution, aggregate, change_norm
 from coordinator.algorithms.rounds import gathered
-from coordinator.exchange import MIN_UPDATE_BYTES, AdapterExchange
+from coordinator.exchange import MIN_UPDATE_BYTES
 from coordinator.families import Families, Family
 from coordinator.programs import Ask, Blame, Reply, Request
 from coordinator.school import School
 from edge_sdk.algorithms.logit_rows import LogitTable, pack
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.train.lora import Factors, add, to_bytes, wire_exact
+from edge_sdk.train.lora import add, to_bytes, wire_exact
 from edge_sdk.train.teaching import Lesson
 from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, TeachAdapter
 
@@ -67,11 +67,16 @@ class Lessons:
         holders = frozenset(self._holders)
 
         def task(device: str) -> AnyMessage:
-            whole = tasks[self._fleet.of(device).name]
+            exchange = self._fleet.of(device).exchange
+            known = exchange.about(device, step)
+            codec = exchange.codec_for(known.reads)
+            has_codec = codecs[device] == codec.codec_id and "codec" not in known.lacks
+            has_words = device in holders and "words" not in known.lacks
             return msgspec.structs.replace(
-                whole,
-                codec=b"" if codecs[device] == whole.codec_id else whole.codec,
-                words=b"" if device in holders else self._words,
+                tasks[exchange.family],
+                codec_id=codec.codec_id,
+                codec=b"" if has_codec else codec.to_bytes(),
+                words=b"" if has_words else self._words,
             )
 
         return Ask(task, tuple(sorted(codecs)), len(codecs), within_s, check=self.check)
@@ -118,7 +123,7 @@ class Lessons:
         """
         if isinstance(message, AdapterUpdate):
             exchange = self._fleet.of(device).exchange
-            taught = wire_exact(add(exchange.factors, _change(exchange, device, message)))
+            taught = wire_exact(add(exchange.factors, exchange.opened(device, message)))
             size = change_norm(taught, exchange.factors)
             if not size <= exchange.rule.max_norm:
                 raise RemoteProtocolError(
@@ -146,10 +151,13 @@ class Lessons:
 
     def _merged(self, family: Family, replies: Sequence[Reply]) -> Generator[Request, Any, bool]:
         exchange = family.exchange
+        for reply in replies:
+            if isinstance(reply.message, AdapterUpdate):
+                exchange.now_holds(reply.device, reply.message.codec_id)
         contributions = [
             Contribution(
                 reply.device,
-                add(exchange.factors, _change(exchange, reply.device, reply.message)),
+                add(exchange.factors, exchange.opened(reply.device, reply.message)),
                 len(self._public),  # equal for all, whatever they say: a plain mean
             )
             for reply in replies
@@ -177,8 +185,8 @@ class Lessons:
 
 def _for_family(lesson: TeachAdapter, family: Family, seed: int, ratio: float) -> TeachAdapter:
     exchange = family.exchange
-    codec, spec = exchange.codec, exchange.spec
-    target = max(MIN_UPDATE_BYTES, int(codec.raw_bytes / ratio)) if ratio > 0 else 0
+    spec, raw_bytes = exchange.spec, exchange.codec.raw_bytes
+    target = max(MIN_UPDATE_BYTES, int(raw_bytes / ratio)) if ratio > 0 else 0
     return msgspec.structs.replace(
         lesson,
         family=family.name,
@@ -187,17 +195,6 @@ def _for_family(lesson: TeachAdapter, family: Family, seed: int, ratio: float) -
         rank=spec.rank,
         alpha=spec.alpha,
         targets=spec.targets,
-        codec_id=codec.codec_id,
-        codec=codec.to_bytes(),
         bytes_target=target,
         seed=seed,
     )
-
-
-def _change(exchange: AdapterExchange, device: str, update: AdapterUpdate) -> Factors:
-    codec = exchange.codec
-    if update.codec_id != codec.codec_id:
-        raise RemoteProtocolError(f"device {device} used codec {update.codec_id!r}, not the asked")
-    change: Factors = codec.decode(update.codes)
-    check_factors(device, change, exchange.factors)
-    return change

@@ -10,13 +10,15 @@ import pytest
 import torch
 from mkt_world import CFG, UNSEEN, World, devices, drive, home_of
 
-from compression.codec import Compressor
+from compression.codec import Compressor, FeedbackState
+from compression.formats import words
+from coordinator.abilities import Known
 from coordinator.aggregate import slots
 from coordinator.programs import Ask, Commit, Note
 from edge_sdk.algorithms.vocabulary import Vocabulary
 from edge_sdk.errors import QuorumMissed, RemoteProtocolError
 from edge_sdk.train.lora import Factors
-from edge_sdk.wire.messages import AdapterUpdate, TeachAdapter
+from edge_sdk.wire.messages import AdapterUpdate, TeachAdapter, TrainAdapter
 
 ON_DEVICES = replace(CFG, teach_on_devices=True)
 EXACT = replace(ON_DEVICES, learn_codec=False, training=replace(CFG.training, ratio=0.0))
@@ -129,9 +131,40 @@ def test_the_vocabulary_travels_once_and_again_to_who_did_not_answer(home: Path)
     sent = {name: [bool(task.words) for task in fleet[name].lessons] for name in fleet}
     assert sent["dev-a"] == [True, False, False]
     assert sent["dev-d"] == [True, True, False]
-    words = Vocabulary.from_bytes(fleet["dev-a"].lessons[0].words)
-    assert bytes.fromhex(words.digest) == fleet["dev-c"].lessons[2].words_id
-    assert words == Vocabulary.of(world.llm.reader.tokenizer)
+    vocabulary = Vocabulary.from_bytes(fleet["dev-a"].lessons[0].words)
+    assert bytes.fromhex(vocabulary.digest) == fleet["dev-c"].lessons[2].words_id
+    assert vocabulary == Vocabulary.of(world.llm.reader.tokenizer)
+
+
+def test_an_older_device_is_taught_in_the_plain_codec_that_it_reads(home: Path) -> None:
+    group = {"words": ("dev-a", "dev-b")}
+    world, fleet = World(home, group), devices(families=group)
+    exchange = world.families[0].exchange
+    plain, rng = exchange.codec, np.random.default_rng(1)
+    past = {key: rng.normal(size=value.shape) for key, value in exchange.factors.items()}
+    exchange.use_codec(plain.followed([plain.encode(past, FeedbackState(), 0).data]))
+    exchange.about = lambda device, _round: Known(frozenset(words() if device == "dev-a" else ()))
+
+    drive(world.program(replace(ON_DEVICES, rounds=2, learn_codec=False)), fleet, world.log)
+
+    assert exchange.codec.format == 2
+    for name, codec in (("dev-a", exchange.codec), ("dev-b", plain)):
+        assert [task.codec_id for task in fleet[name].lessons] == [codec.codec_id] * 2
+        assert not any(task.codec for task in fleet[name].lessons)  # each trained with it before
+    assert told(world)["lessons_words"] == 2
+
+
+def test_a_codec_that_came_with_a_lesson_is_not_sent_again(home: Path) -> None:
+    world, fleet = World(home), devices()
+    answer, seen = fleet["dev-a"].answer, []
+    fleet["dev-a"].answer = lambda task: (seen.append(task), answer(task))[1]
+
+    drive(world.program(replace(ON_DEVICES, rounds=2, teach_llm=False)), fleet, world.log)
+
+    lesson = next(task for task in seen if isinstance(task, TeachAdapter))
+    training = next(task for task in seen[seen.index(lesson) :] if isinstance(task, TrainAdapter))
+    assert lesson.codec
+    assert (training.codec_id, training.codec) == (lesson.codec_id, b"")
 
 
 def test_a_family_without_a_lesson_is_taught_here(home: Path) -> None:
@@ -191,7 +224,7 @@ def test_a_resumed_run_gives_the_same_lessons(home: Path) -> None:
 
 
 BAD = {
-    "another codec": ({"codec_id": "other"}, "not the asked"),
+    "another codec": ({"codec_id": "other"}, "never sent"),
     "rubbish": ({"codes": b"rubbish"}, "codes"),
     "nothing": ({"codes": b""}, "codes"),
 }

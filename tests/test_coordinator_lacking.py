@@ -1,14 +1,18 @@
 """Refusals that say what is lacking: sent again at once with it, or excused; formats by device."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
+from mkt_world import CFG, devices, home_of
+from mkt_world import World as MktWorld
+from test_coordinator_bad_answers import Fleet as Lessons
 
 from coordinator.programs import Ask, Commit, Program, Reply
 from edge_sdk.errors import QuorumMissed
-from edge_sdk.wire.messages import AnyMessage, ModelReport, Refused, TrainAdapter
+from edge_sdk.wire.messages import AnyMessage, ModelReport, Refused, TeachAdapter, TrainAdapter
 from tests.coordinator_world import FakeDevice, train, until, update
 from tests.test_coordinator_runner import BOTH, World
 
@@ -103,3 +107,59 @@ def test_what_a_device_reads_is_known_from_its_enrolment_and_its_newest_report(
 
     assert at_first == {"codec.1"}
     assert known("a") == frozenset()
+
+
+@pytest.fixture
+def lessons(tmp_path: Path) -> Iterator[Lessons]:
+    made = Lessons(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_lesson_that_lacks_two_things_is_sent_with_both_in_the_same_round(
+    lessons: Lessons, tmp_path: Path
+) -> None:
+    """A device that lost what it kept says so one by one, and keeps nothing of what it refused."""
+    names = ("a", "b")
+    world = MktWorld(home_of(tmp_path / "llm"), {"slm": names})
+    (family,) = world.families
+    family.package = lessons.package
+    family.exchange.about = lessons.coordinator.fleet.abilities.about
+    fleet = devices(n=12, families={"slm": names})
+
+    def forgetful(message: AnyMessage) -> AnyMessage | None:
+        if isinstance(message, TeachAdapter) and message.round == 1:
+            if not message.words:
+                return Refused(message.task_id, "not here", ("words",))
+            if not message.codec:
+                return Refused(message.task_id, "nor this", ("codec",))
+        said: AnyMessage | None = fleet["b"].answer(message)
+        return said
+
+    lessons.add("a", fleet["a"].answer)
+    lessons.add("b", forgetful)
+    cfg = replace(
+        CFG,
+        rounds=3,
+        teach_on_devices=True,
+        teach_llm=False,
+        learn_codec=False,
+        within_s=PATIENCE_S,
+    )
+    lessons.coordinator.runner.run(lambda resume: world.program(cfg, resume=resume), run="test")
+
+    sent = {
+        device.name: [
+            (task.round, bool(task.words), bool(task.codec))
+            for task in device.tasks()
+            if isinstance(task, TeachAdapter)
+        ]
+        for device in lessons.devices
+    }
+    first, second, third = (0, True, False), (1, False, False), (2, False, False)
+    assert sent["a"] == [first, second, third]
+    assert sent["b"] == [first, second, (1, True, False), (1, True, True), third]
+    told = [n["lessons_slm"] for n in lessons.coordinator.told("note") if "lessons_slm" in n]
+    assert told == [2, 2, 2]
+    assert lessons.coordinator.told("quorum_missed") == []
+    assert set(lessons.faults().values()) == {0}
