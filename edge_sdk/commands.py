@@ -12,11 +12,10 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from edge_sdk.arguments import Parsers, given_text, read_given, settings
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import ConfigError
-from edge_sdk.wire.config_rules import parse_overrides, template
-
-Parsers = argparse._SubParsersAction  # argparse offers no public name for it
+from edge_sdk.wire.config_rules import template
 
 
 def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
@@ -65,11 +64,6 @@ def _command(
     return parser
 
 
-def _config(arguments: argparse.Namespace) -> EdgeConfig:
-    overrides = parse_overrides([f"--{item}" for item in arguments.set])
-    return EdgeConfig.load(arguments.config, overrides)
-
-
 def _print(arguments: argparse.Namespace, found: dict[str, object]) -> None:
     if arguments.json:
         print(json.dumps(found))
@@ -96,7 +90,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
 
     code = _code(arguments.code, arguments.code_file)
-    with EdgeDevice(_config(arguments)) as device:
+    with EdgeDevice(settings(arguments)) as device:
         device.enrol(code, timeout_s=arguments.timeout)
         member = device.membership
         assert member is not None
@@ -107,10 +101,7 @@ def _enrol(arguments: argparse.Namespace) -> int:
 def _code(given: str, file: str) -> str:
     """The code from a file or stdin where possible: a command line is seen by other users."""
     if file:
-        try:
-            return Path(file).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as exc:
-            raise ConfigError(f"cannot read the code file {file}: {exc}") from exc
+        return read_given(file, "code").strip()
     if given == "-":
         return sys.stdin.readline().strip()
     if not given:
@@ -127,7 +118,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with printing:
             print(json.dumps(event), flush=True)
 
-    config = _config(arguments)
+    config = settings(arguments)
     with EdgeDevice(config, on_event=show if arguments.events else None) as device:
         member = device.membership
         if arguments.enrol and not (member and member.complete):
@@ -145,10 +136,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
-    from edge_sdk.chat_commands import given_text
 
     text = given_text(arguments.text)
-    with EdgeDevice(_config(arguments)) as device:
+    with EdgeDevice(settings(arguments)) as device:
         if arguments.classify:
             answer = device.classify(text)
         elif arguments.json:
@@ -165,7 +155,7 @@ def _ask(arguments: argparse.Namespace) -> int:
 def _status(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
 
-    with EdgeDevice(_config(arguments)) as device:
+    with EdgeDevice(settings(arguments)) as device:
         _print(arguments, device.status())
     return 0
 
@@ -174,7 +164,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
     from edge_sdk.leaving import IN_CLEAR
 
-    with EdgeDevice(_config(arguments)) as device:
+    with EdgeDevice(settings(arguments)) as device:
         rows = device.explain()
     if arguments.json:
         plain = [{name: getattr(row, name) for name in row.__struct_fields__} for row in rows]
@@ -197,7 +187,7 @@ def _ledger(arguments: argparse.Namespace) -> int:
     from edge_sdk.agent import EdgeDevice
 
     since_s = since(arguments.since, time.time())
-    with EdgeDevice(_config(arguments)) as device:
+    with EdgeDevice(settings(arguments)) as device:
         verified = device.ledger.verify() if arguments.verify else None
         entries = device.ledger.entries(since_s=since_s)
         past, head = device.ledger.past(), device.ledger.head
