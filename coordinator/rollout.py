@@ -1,8 +1,8 @@
-"""The book of roll-outs: which release is tried on which devices, what they said, who decided what.
+"""The book of roll-outs: which release is tried on which devices, and who decided what.
 
-Knows the tables `rollouts`, `rollout_offers` and `rollout_audit`, and which step may follow which.
-Does not know messages: `staging.py` carries out what stands here, in the running service; commands
-in other processes only write here.
+Knows the tables `rollouts` and `rollout_audit`, and which step may follow which; what was offered
+to devices is kept along with it (rollout_offers.py). Does not know messages: `staging.py` carries
+out what stands here, in the running service; commands in other processes only write here.
 
     staged -> measuring -> canary -> promoted
                  |            |          |
@@ -12,31 +12,25 @@ in other processes only write here.
 
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from collections.abc import Callable
 from hashlib import sha256
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from msgspec import Meta, Struct
 
 from coordinator.registry import Registry
+from coordinator.rollout_offers import Offered, Offers
+from coordinator.rollout_plan import OPEN, Plan, Rollout, State, summary
 from coordinator.store import Store
 from edge_sdk.errors import ConfigError
+
+__all__ = ["OPEN", "SERVICE", "Book", "Offered", "Plan", "Rollout", "State", "summary"]
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS rollouts (
   number INTEGER PRIMARY KEY AUTOINCREMENT, family TEXT NOT NULL, release TEXT NOT NULL,
   before TEXT, state TEXT NOT NULL, plan TEXT NOT NULL, canary TEXT NOT NULL DEFAULT '[]',
   since REAL NOT NULL, why TEXT NOT NULL, settled INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS rollout_offers (
-  number INTEGER NOT NULL, purpose TEXT NOT NULL, device TEXT NOT NULL, release TEXT NOT NULL,
-  state TEXT NOT NULL, task TEXT NOT NULL DEFAULT '', tries INTEGER NOT NULL DEFAULT 0,
-  accuracy REAL, examples INTEGER, tokens_per_s REAL, reason TEXT NOT NULL DEFAULT '',
-  at REAL NOT NULL, PRIMARY KEY (number, purpose, device, release));
-CREATE INDEX IF NOT EXISTS rollout_offers_by_task ON rollout_offers (task);
-CREATE INDEX IF NOT EXISTS rollout_offers_by_device ON rollout_offers (device, at);
 CREATE TABLE IF NOT EXISTS rollout_audit (
   entry INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, who TEXT NOT NULL,
   action TEXT NOT NULL, family TEXT NOT NULL, release TEXT NOT NULL, why TEXT NOT NULL);
@@ -45,102 +39,15 @@ SERVICE = "service"
 """Who decided, where the service did so by itself."""
 
 
-class State(StrEnum):
-    """Where a roll-out stands."""
-
-    STAGED = "staged"
-    MEASURING = "measuring"
-    CANARY = "canary"
-    PAUSED = "paused"
-    PROMOTED = "promoted"
-    ROLLED_BACK = "rolled-back"
-    WITHDRAWN = "withdrawn"
-
-
-OPEN = (State.STAGED, State.MEASURING, State.CANARY, State.PAUSED)
-"""States in which a release is on trial; at most one per family."""
-
-
-class Plan(Struct, frozen=True, forbid_unknown_fields=True):
-    """How a release is tried, and what makes the service take it back by itself."""
-
-    share: Annotated[
-        float, Meta(gt=0, le=1, description="Share of the family's devices that try a release.")
-    ] = 0.1
-    size: Annotated[
-        int, Meta(ge=0, le=100_000, description="Number of devices that try it; 0: by share.")
-    ] = 0
-    max_drop: Annotated[
-        float,
-        Meta(ge=0, le=1, description="Most that the trial devices' accuracy may fall."),
-    ] = 0.05
-    min_speed: Annotated[
-        float,
-        Meta(ge=0, le=1, description="Least share of the earlier tokens per second; 0: any."),
-    ] = 0.25
-    max_failures: Annotated[
-        int, Meta(ge=0, le=100_000, description="Trial devices on which it may fail its probe.")
-    ] = 0
-    within_s: Annotated[
-        float,
-        Meta(
-            gt=0, le=31 * 86_400, description="Seconds to wait for the trial devices; then pause."
-        ),
-    ] = 86_400.0
-    promote: Annotated[
-        bool, Meta(description="Promote by itself when every trial device did well.")
-    ] = False
-    devices: Annotated[
-        tuple[str, ...], Meta(max_length=100_000, description="These devices try it; empty: drawn.")
-    ] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One roll-out. `before` is the release that ran when it began; `since` that of its state."""
-
-    number: int
-    family: str
-    release: str
-    before: str | None
-    state: State
-    plan: Plan
-    canary: tuple[str, ...]
-    since: float
-    why: str
-    settled: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Offered:
-    """One release offered to one device. `state`: open, done or failed, with `reason`."""
-
-    number: int
-    purpose: str
-    device: str
-    release: str
-    state: str
-    task: str
-    tries: int
-    accuracy: float | None
-    examples: int | None
-    tokens_per_s: float | None
-    reason: str
-    at: float
-
-
 _ROW = "number, family, release, before, state, plan, canary, since, why, settled"
-_OFFER = (
-    "number, purpose, device, release, state, task, tries, accuracy, examples, tokens_per_s,"
-    " reason, at"
-)
 
 
-class Book:
+class Book(Offers):
     """All roll-outs of a coordinator; every change is one transaction with its audit line."""
 
     def __init__(self, store: Store, registry: Registry, now: Callable[[], float]) -> None:
-        self._store, self._registry, self._now = store, registry, now
+        super().__init__(store, now)
+        self._registry = registry
         store.mailbox.create(SCHEMA)
 
     # --- what people decide -------------------------------------------------------------------
@@ -152,7 +59,7 @@ class Book:
             ConfigError: no such release, it runs already, or another is on trial.
         """
         self._registry.require(family, release)
-        with self._store.transaction() as db:
+        with self._store.transaction():
             running = self.trial(family)
             if running is not None and running.release != release:
                 raise ConfigError(
@@ -167,16 +74,8 @@ class Book:
             before = self._registry.promoted_name(family)
             if before == release:
                 raise ConfigError(f"{family}/{release} is what devices run already")
-            number = db.execute(
-                "INSERT INTO rollouts (family, release, before, state, plan, since, why)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (
-                    *(family, release, before, State.STAGED),
-                    *(msgspec.json.encode(plan).decode(), self._now(), why),
-                ),
-            ).lastrowid
             self._audit("stage", family, release, who, why)
-            return self._get(int(number or 0))
+            return self._enter(family, release, before, State.STAGED, plan, why)
 
     def promote(self, family: str, *, who: str, why: str = "") -> Rollout:
         """Let every device of `family` have the release on trial.
@@ -222,15 +121,7 @@ class Book:
             if target is not None:
                 self._registry.promote(family, target)
             if running is None:
-                number = db.execute(
-                    "INSERT INTO rollouts (family, release, before, state, plan, since, why)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        *(family, promoted, target, State.PROMOTED),
-                        *(msgspec.json.encode(Plan()).decode(), self._now(), why),
-                    ),
-                ).lastrowid
-                running = self._get(int(number or 0))
+                running = self._enter(family, promoted, target, State.PROMOTED, Plan(), why)
             self._registry.unassign(family, running.release)
             db.execute("UPDATE rollouts SET before = ? WHERE number = ?", (target, running.number))
             return self._move(running, State.ROLLED_BACK, "roll-back", who, why)
@@ -291,26 +182,6 @@ class Book:
         with self._store.transaction() as db:
             db.execute("UPDATE rollouts SET settled = 1 WHERE number = ?", (number,))
 
-    def offered(self, number: int, purpose: str | None = None) -> list[Offered]:
-        """Return what was offered to whom, and what they said."""
-        with self._store.transaction() as db:
-            rows = db.execute(
-                f"SELECT {_OFFER} FROM rollout_offers WHERE number = ?"
-                " AND (? IS NULL OR purpose = ?) ORDER BY at, device",
-                (number, purpose, purpose),
-            ).fetchall()
-        return [Offered(*row) for row in rows]
-
-    def find(self, number: int, purpose: str, device: str, release: str) -> Offered | None:
-        """Return one offer, or None if it was not made."""
-        with self._store.transaction() as db:
-            row = db.execute(
-                f"SELECT {_OFFER} FROM rollout_offers WHERE number = ? AND purpose = ?"
-                " AND device = ? AND release = ?",
-                (number, purpose, device, release),
-            ).fetchone()
-        return Offered(*row) if row else None
-
     def strays(self, *, after: int) -> list[tuple[int, str, float]]:
         """Return (letter, device, when) of devices that said they run another release than asked.
 
@@ -324,43 +195,6 @@ class Book:
                     " AND reason LIKE '%, this device runs %' ORDER BY letter",
                     (after,),
                 )
-            )
-
-    def newest(self, device: str) -> Offered | None:
-        """Return the release that `device` last said it runs, as far as roll-outs know."""
-        with self._store.transaction() as db:
-            row = db.execute(
-                f"SELECT {_OFFER} FROM rollout_offers WHERE device = ? AND state = 'done'"
-                " ORDER BY at DESC LIMIT 1",
-                (device,),
-            ).fetchone()
-        return Offered(*row) if row else None
-
-    def note_offer(self, number: int, purpose: str, device: str, release: str, task: str) -> None:
-        """Note an offer that was sent, in the caller's transaction."""
-        with self._store.transaction() as db:
-            db.execute(
-                "INSERT INTO rollout_offers (number, purpose, device, release, state, task, tries,"
-                " at) VALUES (?, ?, ?, ?, 'open', ?, 1, ?)"
-                " ON CONFLICT DO UPDATE SET state = 'open', task = excluded.task,"
-                " tries = tries + 1, reason = '', at = excluded.at",
-                (number, purpose, device, release, task, self._now()),
-            )
-
-    def note_answer(
-        self, task: str, *, figures: Mapping[str, float] | None = None, reason: str = ""
-    ) -> None:
-        """Note what a device said to an offer: its figures, or why it failed."""
-        figures = figures or {}
-        with self._store.transaction() as db:
-            db.execute(
-                "UPDATE rollout_offers SET state = ?, accuracy = ?, examples = ?,"
-                " tokens_per_s = ?, reason = ?, at = ? WHERE task = ? AND state = 'open'",
-                (
-                    "failed" if reason else "done",
-                    *(figures.get(key) for key in ("accuracy", "examples", "tokens_per_s")),
-                    *(reason, self._now(), task),
-                ),
             )
 
     # --- reading ------------------------------------------------------------------------------
@@ -403,6 +237,24 @@ class Book:
         found = self._rows("family = ? AND state = ?", family, state)
         return found[-1] if found else None
 
+    def _enter(
+        self,
+        family: str,
+        release: str | None,
+        before: str | None,
+        state: State,
+        plan: Plan,
+        why: str,
+    ) -> Rollout:
+        words = msgspec.json.encode(plan).decode()
+        with self._store.transaction() as db:
+            number = db.execute(
+                "INSERT INTO rollouts (family, release, before, state, plan, since, why)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (family, release, before, state, words, self._now(), why),
+            ).lastrowid
+        return self._get(int(number or 0))
+
     def _move(self, rollout: Rollout, state: State, action: str, who: str, why: str) -> Rollout:
         with self._store.transaction() as db:
             db.execute(
@@ -443,9 +295,3 @@ class Book:
             )
             for number, of, release, before, state, plan, canary, since, why, settled in rows
         ]
-
-
-def summary(rollout: Rollout) -> dict[str, Any]:
-    """Return a roll-out as plain values."""
-    shown = asdict(rollout)
-    return {**shown, "state": str(rollout.state), "plan": msgspec.to_builtins(rollout.plan)}
