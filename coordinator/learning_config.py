@@ -86,7 +86,11 @@ class ProgramSection(Struct, frozen=True, forbid_unknown_fields=True):
         bool, Meta(description="Let the devices score, instead of their replicas here.")
     ] = False
     learn_codec: Annotated[
-        bool, Meta(description="Fit the learned codec on the first round's updates.")
+        bool,
+        Meta(
+            description="Fit the learned codec on the first round's updates, if adapters go down "
+            "whole; with adapter.down_ratio it follows the differences and needs no fit."
+        ),
     ] = True
 
 
