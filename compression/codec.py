@@ -128,12 +128,15 @@ class Compressor:
         return cls(layout, Method.MOVING, basis=basis, ratio=ratio, changes=kept)
 
     def followed(self, changes: Sequence[bytes]) -> "Compressor":
-        """The moving codec that this one becomes after `changes` of the adapter.
+        """The moving codec that this one becomes after `changes`, of which empty ones do not count.
 
         Raises:
-            CodecError: see `moving`.
+            CodecError: codes that are malformed.
         """
-        return self.moving([*self.changes, *changes], layout=self.layout, ratio=self.ratio)
+        said = [codes for codes in changes if _moves(self._change(codes, self.layout))]
+        if not said:
+            return self
+        return self.moving([*self.changes, *said], layout=self.layout, ratio=self.ratio)
 
     def followed_to(self, codec_id: str, changes: Sequence[bytes]) -> "Compressor":
         """This codec, or the one named `codec_id` that it becomes after the last of `changes`.
@@ -324,6 +327,10 @@ class Compressor:
         pieces = np.split(values, np.cumsum(sizes)[:-1])
         named = zip(self.layout.names, self.layout.shapes, pieces, strict=True)
         return {name: piece.reshape(shape) for name, shape, piece in named}
+
+
+def _moves(change: Tensors) -> bool:
+    return any(value.any() for value in change.values())
 
 
 _METHOD_NAMES = {

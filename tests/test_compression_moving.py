@@ -213,6 +213,11 @@ def test_its_file_is_the_changes_and_a_holder_follows_by_itself() -> None:
     assert behind.followed(coded[-3:]).codec_id == newest.codec_id
     with pytest.raises(CodecError):
         behind.followed([coded[0][:-4]])
+    nothing = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    empty = plain.encode(nothing).data
+    assert plain.followed([empty]) is plain
+    assert newest.followed([empty]).codec_id == newest.codec_id
+    assert plain.followed([empty, *coded]).codec_id == newest.codec_id
     learned = Compressor.fit(_changes(16, 2))
     with pytest.raises(CodecError, match="another codec"):
         plain.followed([learned.encode(_changes(17, 1)[0]).data])

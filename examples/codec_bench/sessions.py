@@ -201,13 +201,14 @@ class Learned(DeadZone):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         self._seen: list[Update] = []
+        self._worth_it = True
 
     def encode(
         self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
     ) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         decoded, data = super().encode(client, round_, update, hints)
-        if round_ == 0:
+        if self.codec.basis is None:
             self._seen.append(decoded)
         return decoded, data
 
@@ -216,13 +217,17 @@ class Learned(DeadZone):
         return self._plan.allowance - self.codec_bytes // self._plan.rounds
 
     def end_round(self, mean: Update) -> None:
-        """After the first round, learn."""
-        if not self._seen:
+        """After the first round, learn; after the next one, where there was nothing to learn."""
+        seen, self._seen = self._seen, []
+        if self.codec.basis is not None or not self._worth_it:
             return
-        learned = Compressor.fit(self._seen, layout=self.codec.layout)
-        self._seen = []
+        try:
+            learned = Compressor.fit(seen, layout=self.codec.layout)
+        except CodecError:  # every code of the round was empty
+            return
         size = len(learned.to_bytes())
-        if 2 * size <= self._plan.allowance * self._plan.rounds:
+        self._worth_it = 2 * size <= self._plan.allowance * self._plan.rounds
+        if self._worth_it:
             self.codec, self.codec_bytes = learned, size
 
 
