@@ -202,39 +202,45 @@ def _side(rows: F64, values: F64, vectors: F64) -> _Side:
         return _Side(_shares(values, n), whole=vectors.astype(np.float32))
     kept = int(np.count_nonzero(values[:DIRECTIONS] > _WORTH * values[0]))
     columns = rows.T @ exact.integers(vectors[:, :kept])[0]  # (n, kept), exact
-    columns *= np.where(np.diagonal(columns) > 0, -1.0, 1.0)  # keeps I - U_1 invertible
-    wide, middle = _reflector(columns)
+    wide, middle = _reflector(columns / np.sqrt(np.cumsum(columns * columns, axis=0)[-1]))
     return _Side(_shares(values[:kept], n), wide=wide, middle=middle)
 
 
-def _reflector(columns: F64) -> tuple[F32, F32]:
-    """W and M of Q = I - W M W^T, orthogonal, whose first columns are `columns` made orthonormal.
+def _reflector(u: F64) -> tuple[F32, F32]:
+    """W and M of Q = I - W M W^T, orthogonal, whose first columns are those of U (n, p) up to sign.
 
-    With U (n, p) orthonormal and E the first p columns of I: W = U - E, M = (I - U_1)^-T for U_1
-    the first p rows of U. That Q E = U and Q^T Q = I follows from W^T W = (I - U_1) + (I - U_1)^T.
+    With E the first p columns of I and U_1 the first p rows of U: W = U - E, M = (I - U_1)^-T. That
+    Q E = U and Q^T Q = I follows from W^T W = (I - U_1) + (I - U_1)^T.
     """
-    p = columns.shape[1]
-    u = columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-300)
-    for _ in range(6):  # Newton-Schulz: U was orthogonal up to the rounding to integers
+    p = u.shape[1]
+    u = u * _signs(u[:p])
+    for _ in range(6):  # Newton-Schulz: U is orthonormal up to the rounding to integers
         u = u @ (1.5 * np.eye(p) - 0.5 * (u.T @ u))
     wide = u.copy()
     wide[:p] -= np.eye(p)
     return wide.astype(np.float32), np.linalg.inv(np.eye(p) - u[:p]).T.astype(np.float32)
 
 
+def _signs(top: F64) -> F64:
+    """Signs S (p,) of U's columns with which I - U_1 S can be inverted, U_1 = `top` (p, p).
+
+    Eliminating U_1 - S with s_j against the sign of what is left of u_jj keeps pivots at 1 or more.
+
+    Source: Ballard et al. 2014, "Reconstructing Householder vectors from TSQR", algorithm 6.
+    """
+    a, signs = top.copy(), np.empty(len(top))
+    for j in range(len(top)):
+        signs[j] = -1.0 if a[j, j] >= 0 else 1.0
+        below = a[j + 1 :, j] / (a[j, j] - signs[j])
+        a[j + 1 :, j + 1 :] -= below[:, None] * a[j, j + 1 :]
+    return signs
+
+
 def _shares(values: F64, n: int) -> F64:
     shares = np.zeros(n)
     shares[: len(values)] = np.maximum(values, 0.0)
-    total = float(_sum(shares))
+    total = float(np.cumsum(shares)[-1])  # one after another: a sum's order is the machine's
     return shares * (n / total) + _FLOOR if total > 0 else np.full(n, _FLOOR)
-
-
-def _sum(values: F64) -> float:
-    """One after another, so that the order is ours."""
-    total = 0.0
-    for value in values.tolist():
-        total += value
-    return total
 
 
 def _rows_of(whole: F64) -> F64:
@@ -242,11 +248,11 @@ def _rows_of(whole: F64) -> F64:
     t, m, n = whole.shape
     each = max(1, _SKETCH // t)
     if n > DIRECTIONS and m > each:
-        whole = _signs(each, m) @ whole
+        whole = _pattern(each, m) @ whole
     return exact.integers(whole.reshape(-1, n))[0]
 
 
-def _signs(rows: int, columns: int) -> F64:
+def _pattern(rows: int, columns: int) -> F64:
     """A fixed pattern of + and - (rows, columns), so that sums of rows lose no direction."""
     i, j = np.arange(columns, dtype=np.uint64) + 1, np.arange(rows, dtype=np.uint64)[:, None]
     bits = (i * (np.uint64(2654435761) + np.uint64(40503) * j) >> np.uint64(13)) & np.uint64(1)

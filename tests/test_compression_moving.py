@@ -98,6 +98,20 @@ def test_the_transform_is_orthonormal(count: int) -> None:
     )
 
 
+def test_sparse_and_empty_history_gives_an_orthonormal_transform() -> None:
+    """Single values make coordinate axes of the eigenvectors, in an order of their own."""
+    change = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    change["0.q.lora_A.weight"][[0, 1, 2], [1, 0, 2]] = (3.0, 2.0, -1.0)
+    change["dense.weight"][[5, 0], [0, 5]] = (1.0, 1.0)
+    basis = MovingBasis(LAYOUT, (change,))
+    x = LAYOUT.pack(Planted(9).draw(np.random.default_rng(4), noise=1.0))
+    z = basis.encode(x)
+    assert np.allclose(basis.decode(z), x, atol=1e-5 * np.abs(x).max())
+    assert np.vdot(z, z) == pytest.approx(float(np.vdot(x, x)), rel=1e-5)
+    first = np.square(basis.encode(LAYOUT.pack(change))).reshape(-1)[basis.classes[0]]
+    assert first.sum() > 0.9 * 16.0  # of nine, four, one, one and one
+
+
 def test_every_latent_is_in_one_class() -> None:
     basis = MovingBasis(LAYOUT, tuple(_changes(3)))
     together = np.sort(np.concatenate(basis.classes))
