@@ -5,7 +5,6 @@ adapted. Does not know programs, twins or devices; how a bundle is opened for tr
 `edge_sdk.train.kinds`. Importing it loads no torch.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,7 @@ from coordinator.config import CoordinatorConfig, FamilySection
 from edge_sdk.errors import ConfigError
 from edge_sdk.wire.manifest import ReleaseManifest
 from edge_sdk.wire.messages import TextTask
-from exporters.classifier import add_classifier, has_classifier, is_encoder
-
-_UNNAMED = {"0": "LABEL_0", "1": "LABEL_1"}
-"""What transformers leaves out of a config.json that says nothing of labels."""
+from exporters.classifier import add_classifier, has_classifier, is_encoder, labels_of
 
 
 class _Export(Protocol):
@@ -132,8 +128,7 @@ def check_kinds(config: CoordinatorConfig) -> None:
 
 
 def _check_labels(section: FamilySection, task: TextTask) -> None:
-    config = json.loads((Path(section.path) / "config.json").read_text(encoding="utf-8"))
-    names = set((config.get("id2label") or _UNNAMED).values())
+    names = labels_of(Path(section.path))
     lacking = sorted(set(task.labels) - names)
     if lacking and names != {f"LABEL_{i}" for i in range(len(task.labels))}:
         raise ConfigError(

@@ -296,8 +296,12 @@ class Runner:
             for waiting, staleness in taken
         )
 
-    def _send_anew(self, ask: Ask, rows: dict[str, AskRow]) -> None:
-        """Send refused tasks that now have other words: with what their device said it lacked."""
+    def _send_anew(self, ask: Ask, rows: dict[str, AskRow]) -> bool:
+        """Send refused tasks that now have other words: with what their device said it lacked.
+
+        Whether there were any.
+        """
+        sent = False
         for device, row in list(rows.items()):
             now = self._store.ask_of_task(row.task)
             if now is None or now.state != "refused":
@@ -305,13 +309,20 @@ class Runner:
             if self._fleet.abilities.lacked(device, row.round):
                 message = ask.message(device)
                 rows[device] = self._send(device, message, run=row.run, step=row.step, state="open")
+                sent = True
+        return sent
 
-    def _wait(self, quorum: Quorum, send_anew: Callable[[], None]) -> list[tuple[Waiting, int]]:
+    def _wait(self, quorum: Quorum, send_anew: Callable[[], bool]) -> list[tuple[Waiting, int]]:
         used = frozenset(waiting.letter for waiting in self._delivered)
         with self._inbox.changed:
             while not self._stopping:
                 send_anew()
-                taken = quorum.met(used)
+                try:
+                    taken = quorum.met(used)
+                except QuorumMissed:
+                    if send_anew():  # the refusal came between the two lines
+                        continue
+                    raise
                 if taken is not None:
                     return taken
                 left_s = self._last_progress + quorum.ask.within_s - self._clock()

@@ -14,6 +14,7 @@ from edge_sdk.errors import ExportError
 
 CLASSIFIER = "ForSequenceClassification"
 _READERS = ("ForMaskedLM", "ForPreTraining", "BertModel")
+_UNNAMED = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves these out of a config.json
 
 
 def _architecture(folder: Path) -> str:
@@ -33,6 +34,12 @@ def is_encoder(folder: Path) -> bool:
 def has_classifier(folder: Path) -> bool:
     """Whether the Hugging Face folder holds a model with a classifier, by its own config.json."""
     return _architecture(folder).endswith(CLASSIFIER)
+
+
+def labels_of(folder: Path) -> set[str]:
+    """The labels that the folder's config.json names; transformers' two where it names none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return set((config.get("id2label") or _UNNAMED).values())
 
 
 def add_classifier(model_dir: Path, out: Path, *, labels: Sequence[str], seed: int) -> Path:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from compression.int4_torch import load_slm
 from edge_sdk.errors import RuntimeFailure
-from edge_sdk.train import local
+from edge_sdk.train import kinds
 from edge_sdk.train.lora import Adapter, LoraSpec, start_factors
 from edge_sdk.train.memory import Way, compute_again, needs_of, peak_mb, quickest
 from edge_sdk.train.text_task import TaskReader
@@ -152,7 +152,7 @@ def test_a_device_trains_under_its_ceiling_or_says_why_not(
     bundle(tmp_path / "bundle")
     taken = []
     monkeypatch.setattr(
-        local, "load_slm", lambda *a, **k: taken.append(k["packed"]) or load_slm(*a, **k)
+        kinds, "load_slm", lambda *a, **k: taken.append(k["packed"]) or load_slm(*a, **k)
     )
     free = train(tmp_path)
 
