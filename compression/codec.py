@@ -25,7 +25,7 @@ from compression.coder import Coder, Draft
 from compression.errors import CodecError, TooFewBytes
 from compression.feedback import FeedbackState
 from compression.header import Header, Method, decode_header, header_bytes
-from compression.moving import WINDOW, MovingBasis
+from compression.moving import WINDOW, MovingBasis, moves
 from compression.transforms import EncoderSession
 
 __all__ = ["Compressor", "Encoded", "EncoderSession", "FeedbackState", "Layout", "Method"]
@@ -123,9 +123,8 @@ class Compressor:
         Raises:
             CodecError: no changes, none that is not zero, or codes that are malformed.
         """
-        kept = tuple(changes)[-WINDOW:]
-        basis = MovingBasis(layout, tuple(cls._change(codes, layout) for codes in kept))
-        return cls(layout, Method.MOVING, basis=basis, ratio=ratio, changes=kept)
+        read = [(codes, cls._change(codes, layout)) for codes in changes[-WINDOW:]]
+        return cls._moving(read, layout, ratio)
 
     def followed(self, changes: Sequence[bytes]) -> "Compressor":
         """The moving codec that this one becomes after `changes`, of which empty ones do not count.
@@ -133,10 +132,13 @@ class Compressor:
         Raises:
             CodecError: codes that are malformed.
         """
-        said = [codes for codes in changes if _moves(self._change(codes, self.layout))]
+        read = [(codes, self._change(codes, self.layout)) for codes in changes]
+        said = [(codes, change) for codes, change in read if moves(change)]
         if not said:
             return self
-        return self.moving([*self.changes, *said], layout=self.layout, ratio=self.ratio)
+        held = self.basis.changes if isinstance(self.basis, MovingBasis) else ()
+        before = zip(self.changes, held, strict=True)
+        return self._moving([*before, *said][-WINDOW:], self.layout, self.ratio)
 
     def followed_to(self, codec_id: str, changes: Sequence[bytes]) -> "Compressor":
         """This codec, or the one named `codec_id` that it becomes after the last of `changes`.
@@ -305,6 +307,14 @@ class Compressor:
         return max(int(self.raw_bytes / self.ratio), LEAST_BYTES)
 
     @classmethod
+    def _moving(
+        cls, read: Sequence[tuple[bytes, Tensors]], layout: Layout, ratio: float
+    ) -> "Compressor":
+        basis = MovingBasis(layout, tuple(change for _, change in read))
+        codes = tuple(codes for codes, _ in read)
+        return cls(layout, Method.MOVING, basis=basis, ratio=ratio, changes=codes)
+
+    @classmethod
     def _change(cls, codes: bytes, layout: Layout) -> dict[str, F32]:
         # Only what is decoded one value at a time is the same on every machine.
         whole = decode_header(codes)[0].method is Method.IDENTITY
@@ -327,10 +337,6 @@ class Compressor:
         pieces = np.split(values, np.cumsum(sizes)[:-1])
         named = zip(self.layout.names, self.layout.shapes, pieces, strict=True)
         return {name: piece.reshape(shape) for name, shape, piece in named}
-
-
-def _moves(change: Tensors) -> bool:
-    return any(value.any() for value in change.values())
 
 
 _METHOD_NAMES = {

@@ -130,9 +130,7 @@ class Coder:
 
     def _synthesise(self, header: Header, trend: F16, symbols: Sequence[entropy.I32]) -> F32:
         way = self._ways[header.method]
-        z = np.empty(self._layout.rows * way.width, np.float32)
-        if sum(part.size for part in symbols) < z.size:
-            z[:] = 0  # a moving basis has no latents for padding
+        z = np.zeros(self._layout.rows * way.width, np.float32)  # padding may have no latents
         for group, part in zip(way.classes, symbols, strict=True):
             z[group] = quantizer.dequantize(part, header.step, header.offsets)
         blocks = way.blocks(z.reshape(-1, way.width))

@@ -50,6 +50,11 @@ _SKETCH = 48  # rows that the Gram matrix of a long side is made of
 _TRENDS = (0.0, 0.6, 0.85, 1.0)  # a change counts this share of the next newer one
 
 
+def moves(change: Tensors) -> bool:
+    """Whether the change has a value that is not zero."""
+    return any(value.any() for value in change.values())
+
+
 @dataclass(frozen=True)
 class MovingBasis:
     """The basis that follows from the last changes of an adapter, oldest first.
@@ -68,16 +73,11 @@ class MovingBasis:
     def __post_init__(self) -> None:
         if not 1 <= len(self.changes) <= WINDOW:
             raise CodecError(f"a moving basis follows 1 to {WINDOW} changes, not {len(self)}")
-        if not any(value.any() for change in self.changes for value in change.values()):
+        if not any(moves(change) for change in self.changes):
             raise CodecError("a moving basis needs a change that is not zero")
 
     def __len__(self) -> int:
         return len(self.changes)
-
-    @property
-    def width(self) -> int:
-        """Latents per block: as many as values."""
-        return self.layout.block
 
     @cached_property
     def trend(self) -> F32:
