@@ -178,9 +178,7 @@ class AdapterExchange:
         for old in [s for s in self._globals if s < step - LATE_STEPS]:
             del self._globals[old]
         whole = Carried(to_bytes(self.factors))
-        target = 0
-        if training.ratio > 0:
-            target = max(MIN_UPDATE_BYTES, int(self._codec.raw_bytes / training.ratio))
+        target = self.allowance(training.ratio)
         holders = {codec: frozenset(devices) for codec, devices in self._holders.items()}
         broadcast, at = self._broadcast, dict(self._at)
 
@@ -222,6 +220,10 @@ class AdapterExchange:
         """The present codec, or for a device of an earlier version the plain one."""
         return self._codec if self._codec.format in codec_formats(reads) else self._plain
 
+    def allowance(self, ratio: float) -> int:
+        """Bytes that an update may take at this ratio, at least MIN_UPDATE_BYTES; 0 for ratio 0."""
+        return max(MIN_UPDATE_BYTES, int(self._codec.raw_bytes / ratio)) if ratio > 0 else 0
+
     def now_holds(self, device: str, codec_id: str) -> None:
         """Note that `device` has used this codec: it is not sent it again."""
         self._holders.setdefault(codec_id, set()).add(device)
@@ -238,14 +240,22 @@ class AdapterExchange:
                 return
             change = self.decode(device, message)
             base = self._globals[message.round]
-            size = change_norm(wire_exact(add(base, change)), base)
-            if not size <= self.rule.max_norm:
-                raise RemoteProtocolError(
-                    f"device {device} sent a change of {size:.3g}, over the bound of "
-                    f"{self.rule.max_norm:g}; its update is left out"
-                )
+            self.check_size(device, change, base, what="update")
 
         return check
+
+    def check_size(self, device: str, change: Factors, base: Factors, *, what: str) -> None:
+        """Look at what a decoded change makes of `base`: float16 carries it, and the bound holds.
+
+        Raises:
+            RemoteProtocolError: it does not; its `what` is left out.
+        """
+        size = change_norm(wire_exact(add(base, change)), base)
+        if not size <= self.rule.max_norm:
+            raise RemoteProtocolError(
+                f"device {device} sent a change of {size:.3g}, over the bound of "
+                f"{self.rule.max_norm:g}; its {what} is left out"
+            )
 
     def decode(self, device: str, update: AdapterUpdate) -> Factors:
         """The decoded change that `device` sent.

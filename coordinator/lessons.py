@@ -11,15 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from coordinator.aggregate import Contribution, aggregate, change_norm
+from coordinator.aggregate import Contribution, aggregate
 from coordinator.algorithms.rounds import gathered
-from coordinator.exchange import MIN_UPDATE_BYTES
 from coordinator.families import Families, Family
 from coordinator.programs import Ask, Blame, Reply, Request
 from coordinator.school import School
 from edge_sdk.algorithms.logit_rows import LogitTable, pack
 from edge_sdk.errors import RemoteProtocolError
-from edge_sdk.train.lora import add, to_bytes, wire_exact
+from edge_sdk.train.lora import add, to_bytes
 from edge_sdk.train.teaching import Lesson
 from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, TeachAdapter
 
@@ -123,13 +122,8 @@ class Lessons:
         """
         if isinstance(message, AdapterUpdate):
             exchange = self._fleet.of(device).exchange
-            taught = wire_exact(add(exchange.factors, exchange.opened(device, message)))
-            size = change_norm(taught, exchange.factors)
-            if not size <= exchange.rule.max_norm:
-                raise RemoteProtocolError(
-                    f"device {device} sent a change of {size:.3g}, over the bound of "
-                    f"{exchange.rule.max_norm:g}; its lesson is left out"
-                )
+            change = exchange.opened(device, message)
+            exchange.check_size(device, change, exchange.factors, what="lesson")
 
     def given(self, asked: Ask | None) -> Generator[Request, Any, dict[str, int]]:
         """Give the lesson and merge what comes back; how many devices of each family learned.
@@ -185,8 +179,7 @@ class Lessons:
 
 def _for_family(lesson: TeachAdapter, family: Family, seed: int, ratio: float) -> TeachAdapter:
     exchange = family.exchange
-    spec, raw_bytes = exchange.spec, exchange.codec.raw_bytes
-    target = max(MIN_UPDATE_BYTES, int(raw_bytes / ratio)) if ratio > 0 else 0
+    spec = exchange.spec
     return msgspec.structs.replace(
         lesson,
         family=family.name,
@@ -195,6 +188,6 @@ def _for_family(lesson: TeachAdapter, family: Family, seed: int, ratio: float) -
         rank=spec.rank,
         alpha=spec.alpha,
         targets=spec.targets,
-        bytes_target=target,
+        bytes_target=exchange.allowance(ratio),
         seed=seed,
     )

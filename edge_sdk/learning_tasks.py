@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from compression.codec import Compressor, FeedbackState
+    from compression.codec import Compressor, Encoded, FeedbackState
+    from edge_sdk.train.local import Means
 
 logger = logging.getLogger(__name__)
 
@@ -126,19 +127,14 @@ class LearningDesk:
         """
         held = self._models.require(order.release)
         settings = self._config.train
-        if not settings.enabled:
-            raise RuntimeFailure("training is switched off on this device")
-        if order.steps > settings.max_steps:
-            raise RuntimeFailure(
-                f"{order.steps} steps are over this device's limit of {settings.max_steps}"
-            )
+        self._check_allowed(order.steps)
         examples = [(x.text, x.label) for x in self._examples.training()]
         if not examples:
             raise RuntimeFailure("this device has no examples to train on")
         codec, feedback = self._codec(order)
         try:
             from edge_sdk.train.held import HeldAdapters
-            from edge_sdk.train.local import Means, train_locally, with_change
+            from edge_sdk.train.local import train_locally, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
         if self._gate is not None:
@@ -159,13 +155,7 @@ class LearningDesk:
             self._task,
             examples,
             extra,
-            means=Means(
-                settings.memory_mb,
-                settings.threads,
-                settings.max_tokens,
-                Path(self._config.device.state_dir) / CHECKPOINT if settings.checkpoint_s else None,
-                settings.checkpoint_s,
-            ),
+            means=self._means(),
             seed=order.seed + settings.seed,
             watch=watch,
             progress=self._progress(order.task_id),
@@ -185,21 +175,33 @@ class LearningDesk:
                 return Handled((self._kept_back(order, exc),), kept)
             except CodecError as exc:
                 raise RuntimeFailure(f"the update cannot be encoded: {exc}") from exc
-        update = AdapterUpdate(
-            task_id=order.task_id,
-            round=order.round,
-            release=order.release,
-            codec_id=codec.codec_id,
-            codes=encoded.data,
-            examples=len(examples),
-            raw_bytes=codec.raw_bytes,
-            cosine=max(-1.0, min(1.0, encoded.cosine)),
-            seconds=watch.seconds,
-            peak_mb=peak_mb(),
-            holds=order.digest,
+        update = adapter_update(
+            order, codec, encoded, watch, examples=len(examples), holds=order.digest
         )
         self._tell({"event": "trained", "task": order.task_id, "bytes": len(encoded.data)})
         return Handled((update,), kept | {FEEDBACK: feedback.to_bytes()})
+
+    def _check_allowed(self, steps: int) -> None:
+        settings = self._config.train
+        if not settings.enabled:
+            raise RuntimeFailure("training is switched off on this device")
+        if steps > settings.max_steps:
+            raise RuntimeFailure(
+                f"{steps} steps are over this device's limit of {settings.max_steps}"
+            )
+
+    def _means(self) -> "Means":
+        from edge_sdk.train.local import Means
+
+        settings = self._config.train
+        checkpoint = Path(self._config.device.state_dir) / CHECKPOINT
+        return Means(
+            settings.memory_mb,
+            settings.threads,
+            settings.max_tokens,
+            checkpoint if settings.checkpoint_s else None,
+            settings.checkpoint_s,
+        )
 
     def _kept_back(self, order: TrainAdapter, exc: Exception) -> Refused:
         reason = (
@@ -290,6 +292,31 @@ class LearningDesk:
                 self._tell({"event": "training", "task": task_id, "done": done, "total": total})
 
         return step
+
+
+def adapter_update(
+    order: TrainAdapter | TeachAdapter,
+    codec: "Compressor",
+    encoded: "Encoded",
+    watch: Stopwatch,
+    *,
+    examples: int,
+    holds: bytes = b"",
+) -> AdapterUpdate:
+    """The answer to a task that changed an adapter."""
+    return AdapterUpdate(
+        task_id=order.task_id,
+        round=order.round,
+        release=order.release,
+        codec_id=codec.codec_id,
+        codes=encoded.data,
+        examples=examples,
+        raw_bytes=codec.raw_bytes,
+        cosine=max(-1.0, min(1.0, encoded.cosine)),
+        seconds=watch.seconds,
+        peak_mb=peak_mb(),
+        holds=holds,
+    )
 
 
 def _gate(config: EdgeConfig, policy: Policy | None) -> Gate | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from edge_sdk.algorithms.vocabulary import Vocabulary
 from edge_sdk.errors import Lacking, RemoteProtocolError, RuntimeFailure
 from edge_sdk.handled import CODEC, FEEDBACK, WORDS, Handled
-from edge_sdk.learning_tasks import CHECKPOINT, LearningDesk
-from edge_sdk.measure import Stopwatch, peak_mb
-from edge_sdk.wire.messages import AdapterUpdate, TeachAdapter
+from edge_sdk.learning_tasks import LearningDesk, adapter_update
+from edge_sdk.measure import Stopwatch
+from edge_sdk.wire.messages import TeachAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,6 @@ class LessonDesk(LearningDesk):
         words = self._words(task)
         codec, feedback = self._codec(task)
         try:
-            from edge_sdk.train.local import Means
             from edge_sdk.train.taught import learn_locally
         except ImportError as exc:
             raise RuntimeFailure("lessons need the train extra, absent on this device") from exc
@@ -52,13 +51,7 @@ class LessonDesk(LearningDesk):
             words,
             Path(held.bundle),
             self._task,
-            means=Means(
-                settings.memory_mb,
-                settings.threads,
-                settings.max_tokens,
-                state / CHECKPOINT if settings.checkpoint_s else None,
-                settings.checkpoint_s,
-            ),
+            means=self._means(),
             seed=task.seed + settings.seed,
             cache=state / TABLES,
             watch=watch,
@@ -72,33 +65,17 @@ class LessonDesk(LearningDesk):
                 encoded = codec.encode(change, feedback, task.bytes_target)
             except CodecError as exc:
                 raise RuntimeFailure(f"the update cannot be encoded: {exc}") from exc
-        update = AdapterUpdate(
-            task_id=task.task_id,
-            round=task.round,
-            release=task.release,
-            codec_id=codec.codec_id,
-            codes=encoded.data,
-            examples=len(task.texts),  # of the task, not those that taught: that stays here
-            raw_bytes=codec.raw_bytes,
-            cosine=max(-1.0, min(1.0, encoded.cosine)),
-            seconds=watch.seconds,
-            peak_mb=peak_mb(),
-        )
+        # The examples are the task's, not those that taught: how many these were stays here.
+        update = adapter_update(task, codec, encoded, watch, examples=len(task.texts))
         self._tell({"event": "taught", "task": task.task_id, "bytes": len(encoded.data)})
         kept = {WORDS: words.to_bytes(), FEEDBACK: feedback.to_bytes(), CODEC: codec.to_bytes()}
         return Handled((update,), kept)
 
     def _check(self, task: TeachAdapter) -> None:
-        settings = self._config.train
-        if not settings.enabled:
-            raise RuntimeFailure("training is switched off on this device")
-        if settings.uplink_bytes_per_round:
+        self._check_allowed(task.steps)
+        if self._config.train.uplink_bytes_per_round:
             reason = "what this device may send in a round is for its own update"
             raise Lacking(reason, "allowance")
-        if task.steps > settings.max_steps:
-            raise RuntimeFailure(
-                f"{task.steps} steps are over this device's limit of {settings.max_steps}"
-            )
         if not task.texts or len(task.texts) != len(task.labels):
             raise RuntimeFailure("the task has no texts, or its texts and labels differ in number")
 
