@@ -96,6 +96,11 @@ class Fleet:
         """Coordinates of an update."""
         return len(self._global)
 
+    @property
+    def adapter(self) -> dict[str, F32]:
+        """A copy of what every client starts the next round from."""
+        return self._named(self._global.numpy().copy())
+
     def local_updates(self, round_: int) -> list[Local]:
         """Train every client from the present adapter; nothing else changes."""
         s = self.task.settings
