@@ -11,7 +11,7 @@ Encoding goes: add what error feedback still owes, code the sum (`coder.py`), ke
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -36,22 +36,26 @@ RATIO = 50.0
 LEAST_BYTES = 256
 """Without a byte target, a small adapter gets this much even where the ratio says less."""
 
-F64 = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Encoded:
     """An encoded update.
 
-    data: what is sent. decoded: what the coordinator will read. cosine: of decoded against the
-    update plus what error feedback owed, in [-1, 1]. method: "identity", "dead-zone", "learned" or
-    "moving".
+    data: what is sent. cosine: of `decoded` against the update plus what error feedback owed, in
+    [-1, 1]. method: "identity", "dead-zone", "learned" or "moving". blocks: what the coordinator
+    will read, float32 (rows, block) of `layout`.
     """
 
     data: bytes
-    decoded: dict[str, F32]
     cosine: float
     method: str
+    blocks: F32 = field(repr=False)
+    layout: Layout = field(repr=False)
+
+    @cached_property
+    def decoded(self) -> dict[str, F32]:
+        """What the coordinator will read, float32 by tensor name."""
+        return self.layout.unpack(self.blocks)
 
 
 class Compressor:
@@ -176,7 +180,7 @@ class Compressor:
             CodecError: other tensors than the layout's, or values that are not finite.
         """
         state = state if state is not None else FeedbackState()
-        wanted = state.add_to(self.layout.pack(update), self.layout)  # float64
+        wanted = state.add_to(self.layout.pack(update), self.layout)
         if self.method is Method.IDENTITY:
             draft = self._identity_draft(wanted)
         else:
@@ -186,9 +190,10 @@ class Compressor:
                 f"a target of {bytes_target} bytes is too low: {len(draft.data)} are the least"
             )
         if self.method is not Method.IDENTITY or not state.empty:
-            state.keep(wanted - draft.sent, self.layout)
-        decoded = self.layout.unpack(draft.sent)
-        return Encoded(draft.data, decoded, draft.cosine, _METHOD_NAMES[draft.method])
+            wanted -= draft.sent
+            state.keep(wanted, self.layout)
+        name = _METHOD_NAMES[draft.method]
+        return Encoded(draft.data, draft.cosine, name, draft.sent, self.layout)
 
     def decode(self, data: bytes) -> dict[str, F32]:
         """The update that codes stand for, float32 by tensor name.
@@ -320,12 +325,11 @@ class Compressor:
         whole = decode_header(codes)[0].method is Method.IDENTITY
         return (cls.identity(layout) if whole else cls.deadzone(layout)).decode(codes)
 
-    def _identity_draft(self, wanted: F64) -> Draft:
-        sent = wanted.astype(np.float32)
-        parts = self.layout.unpack(sent).values()
+    def _identity_draft(self, wanted: F32) -> Draft:
+        parts = self.layout.unpack(wanted).values()
         body = b"".join(value.astype("<f4").tobytes() for value in parts)
         header = Header(Method.IDENTITY, self._short_id, self.layout.hash[:4])
-        return Draft(header.encode(body), Method.IDENTITY, sent, 1.0)
+        return Draft(header.encode(body), Method.IDENTITY, wanted.copy(), 1.0)
 
     def _decode_identity(self, body: bytes) -> dict[str, F32]:
         if len(body) != self.raw_bytes:

@@ -3,12 +3,14 @@
 Knows bases, quantizers and headers. Does not know tensors, files or error feedback.
 
 Encoding, step by step (v is the update plus what error feedback owes, in blocks):
-1. a moving basis takes the trend out: a few numbers                     u = v - sum of c_j T_j
-2. divide each kind of factor (or all, for a moving basis) by its RMS    x = u / rms
-3. latents: by the learned encoder (numpy, or its ONNX graph), by the moving basis, or x itself
-4. choose the step for the byte target, quantize with a dead zone, range-code class by class
-5. decode our own bytes, measure the cosine; a result below the plain dead-zone quantizer's at equal
+1. a moving basis takes the trend out, a few numbers; the rest becomes latents z: by the moving
+   basis, by the learned encoder (numpy, or its ONNX graph), or as it is
+2. each kind of factor (or all, for a moving basis) has its RMS as its unit
+3. choose the step for the byte target, quantize with a dead zone, range-code class by class
+4. decode our own bytes, measure the cosine; a result below the plain dead-zone quantizer's at equal
    bytes is thrown away for that (the gate; the header's method says so)
+
+Beside v and what is returned, one array of v's size and one of half its bytes are made.
 """
 
 import math
@@ -24,13 +26,19 @@ from compression.blocks import F32, Layout
 from compression.errors import CodecError
 from compression.header import Header, Method, bfloat16, header_bytes
 from compression.moving import MovingBasis
-from compression.transforms import EncoderSession, Plain, transforms
+from compression.transforms import (
+    F16,
+    EncoderSession,
+    Plain,
+    length,
+    pieces,
+    transforms,
+)
 
 GATE_MARGIN = 0.998
 """A cosine may be this little below the plain quantizer's, which is an estimate."""
 
-F16 = npt.NDArray[np.float16]
-F64 = npt.NDArray[np.float64]
+Symbols = Sequence[npt.NDArray[np.integer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,60 +59,68 @@ class Coder:
         self._ways = transforms(layout, basis)
 
     def encode(
-        self, wanted: F64, bytes_target: int, session: EncoderSession | None = None
+        self, wanted: F32, bytes_target: int, session: EncoderSession | None = None
     ) -> Draft:
         """Code blocks (rows, block) in `bytes_target` bytes, or in the least that is possible."""
-        plain, *better = (
-            self._plan(method, way, wanted, session) for method, way in self._ways.items()
-        )
-        step = plain.step_for(bytes_target)
-        for plan in better:
-            draft = self._within(plan, plan.step_for(bytes_target), wanted, bytes_target)
-            floor = plain.spectrum.at(step).cosine * GATE_MARGIN
-            if draft.cosine >= floor and len(draft.data) <= bytes_target:  # step 5
+        plain, *better = self._ways
+        floor = self._plan(plain, wanted, session)
+        step, spare = floor.step_for(bytes_target), None
+        for method in better:
+            plan = self._plan(method, wanted, session)
+            best = plan.step_for(bytes_target)
+            draft = self._within(plan, best, wanted, bytes_target, plan.flat)
+            least = floor.spectrum.at(step).cosine * GATE_MARGIN
+            if draft.cosine >= least and len(draft.data) <= bytes_target:  # step 4
                 return draft
-        return self._within(plain, step, wanted, bytes_target)
+            spare = draft.sent.reshape(-1)
+        return self._within(floor, step, wanted, bytes_target, spare)
 
-    def _plan(
-        self, method: Method, way: Plain, wanted: F64, session: EncoderSession | None
-    ) -> "_Plan":
-        trend = way.project(wanted).astype(np.float16)
-        rest = wanted - way.along(trend)  # step 1
-        rms = tuple(_rms(rest[rows]) for rows in way.spans)
-        x = np.zeros(rest.shape, np.float32)
-        for scale, rows in zip(rms, way.spans, strict=True):
-            if scale > 0:
-                np.multiply(rest[rows], 1 / scale, out=x[rows], casting="same_kind")  # step 2
-        flat = way.latents(x, session).reshape(-1)  # step 3
-        values = [flat[group] for group in way.classes]
-        energy = [scale**2 for scale in rms for _ in range(len(way.classes) // len(rms))]
-        total = float(np.square(rest).sum())
-        # 4: the range coder's last word
+    def _plan(self, method: Method, wanted: F32, session: EncoderSession | None) -> "_Plan":
+        way = self._ways[method]
+        trend, latents = way.latents(wanted, session)  # step 1
+        energy = [_dot(latents[rows], latents[rows]) for rows in way.spans]
+        sizes = [(rows.stop - rows.start) * self._layout.block for rows in way.spans]
+        rms = tuple(_rms(e / n) for e, n in zip(energy, sizes, strict=True))  # step 2
+        flat, units = latents.reshape(-1), _units(rms, way)
+        counts = [
+            quantizer.histogram((flat[piece] for piece in pieces(group)), unit)
+            for group, unit in zip(way.classes, units, strict=True)
+        ]
+        lengths = [length(group) for group in way.classes]
+        spectrum = quantizer.Spectrum(counts, lengths, np.array(units), sum(energy))
+        # the last word is the range coder's
         overhead = header_bytes(len(rms)) + 2 * trend.size + 2 * len(way.classes) + 4
-        spectrum = quantizer.Spectrum(values, energy, total)
-        return _Plan(method, trend, rms, values, spectrum, overhead)
+        return _Plan(method, trend, rms, flat, spectrum, overhead)
 
-    def _within(self, plan: "_Plan", step: float, wanted: F64, target: int) -> Draft:
-        # The outlook is an estimate; what counts is the true length, so coarsen until it fits.
-        draft = self._quantized(plan, step, wanted)
-        while len(draft.data) > target and step < quantizer.STEP_RANGE[1]:
-            step *= 1.005
-            draft = self._quantized(plan, step, wanted)
-        return draft
+    def _within(
+        self, plan: "_Plan", step: float, wanted: F32, target: int, spare: F32 | None
+    ) -> Draft:
+        # The spectrum's bits are an estimate; the true length counts, so coarsen until it fits.
+        header, data, symbols = self._quantized(plan, step)
+        while len(data) > target and step < quantizer.STEP_RANGE[1]:
+            step, symbols = 1.005 * step, []
+            header, data, symbols = self._quantized(plan, step)
+        sent = self._synthesise(header, plan.trend, symbols, spare)
+        return Draft(data, plan.method, sent, _cosine(wanted, sent))
 
-    def _quantized(self, plan: "_Plan", step: float, wanted: F64) -> Draft:
-        step = float(np.float16(step))
-        symbols = [quantizer.quantize(values, step) for values in plan.values]  # step 4
-        top = max(1, *(int(np.abs(part).max(initial=0)) for part in symbols))
-        models = [entropy.ClassModel.of(part) for part in symbols]
-        offsets = quantizer.centroids(plan.values, symbols, step)
-        layout = self._layout.hash[:4]
-        header = Header(plan.method, self._codec, layout, plan.rms, step, offsets, top)
+    def _quantized(self, plan: "_Plan", step: float) -> tuple[Header, bytes, Symbols]:
+        way, step = self._ways[plan.method], float(np.float16(step))
+        classes = [
+            quantizer.quantize(
+                (plan.flat[piece] for piece in pieces(group)), length(group), step, unit
+            )
+            for group, unit in zip(way.classes, _units(plan.rms, way), strict=True)
+        ]  # step 3
+        top, models = max(1, *(c.top for c in classes)), [c.model for c in classes]
+        symbols = [c.symbols for c in classes]
+        header = Header(
+            plan.method, self._codec, self._layout.hash[:4], plan.rms, step,
+            quantizer.centroids(classes), top,
+        )  # fmt: skip
         body = plan.trend.astype("<f2").tobytes()
         body += bytes(code for model in models for code in (model.nonzero, model.fall))
         body += entropy.encode(symbols, models, top)
-        sent = self._synthesise(header, plan.trend, symbols)
-        return Draft(header.encode(body), plan.method, sent, _cosine(wanted, sent))
+        return header, header.encode(body), symbols
 
     def decode(self, header: Header, body: bytes) -> F32:
         """Blocks (rows, block) of a header and its body.
@@ -113,14 +129,14 @@ class Coder:
             CodecError: the body is no code for this layout, or stands for non-finite values.
         """
         way = self._ways[header.method]
-        first = 2 * len(way.trend)
+        first = 2 * way.trends
         start = first + 2 * len(way.classes)
         if len(header.rms) != len(way.spans) or len(body) < start or header.top < 1:
             raise CodecError("the codes are too short for their models")
         trend = np.frombuffer(body[:first], "<f2")
         pairs = zip(body[first:start:2], body[first + 1 : start : 2], strict=True)
         models = [entropy.ClassModel(*pair) for pair in pairs]
-        sizes = [g.stop - g.start if isinstance(g, slice) else g.size for g in way.classes]
+        sizes = [length(group) for group in way.classes]
         symbols = entropy.decode(body[start:], sizes, models, header.top)
         with np.errstate(over="ignore", invalid="ignore"):  # forged scales; refused below
             blocks = self._synthesise(header, trend, symbols)
@@ -128,15 +144,24 @@ class Coder:
             raise CodecError("the codes stand for values that are not finite")
         return blocks
 
-    def _synthesise(self, header: Header, trend: F16, symbols: Sequence[entropy.I32]) -> F32:
+    def _synthesise(
+        self, header: Header, trend: F16, symbols: Symbols, spare: F32 | None = None
+    ) -> F32:
+        """The blocks that symbols stand for; `spare` is memory for their latents."""
         way = self._ways[header.method]
-        z = np.zeros(self._layout.rows * way.width, np.float32)  # padding may have no latents
-        for group, part in zip(way.classes, symbols, strict=True):
-            z[group] = quantizer.dequantize(part, header.step, header.offsets)
-        blocks = way.blocks(z.reshape(-1, way.width))
-        for scale, rows in zip(header.rms, way.spans, strict=True):
-            blocks[rows] *= np.float32(scale)
-        blocks += way.along(trend)
+        z = np.empty(self._layout.rows * way.width, np.float32) if spare is None else spare
+        z.fill(0.0)  # most symbols are; padding may have none
+        for group, part, unit in zip(way.classes, symbols, _units(header.rms, way), strict=True):
+            for piece, here in zip(pieces(group), pieces(slice(0, part.size)), strict=True):
+                where = np.flatnonzero(part[here])
+                values = quantizer.values_of(
+                    part[here][where], header.step, unit, header.offsets, header.top
+                )
+                if isinstance(piece, slice):
+                    z[piece][where] = values
+                else:
+                    z[piece[where]] = values
+        blocks = way.blocks(trend, z.reshape(-1, way.width))
         self._layout.clear_padding(blocks)
         return blocks
 
@@ -146,7 +171,7 @@ class _Plan:
     method: Method
     trend: F16  # (k,)
     rms: tuple[float, ...]
-    values: list[F32]
+    flat: F32  # latents, (rows * width,)
     spectrum: quantizer.Spectrum
     overhead: int
 
@@ -154,16 +179,26 @@ class _Plan:
         return self.spectrum.step_for(8.0 * max(size - self.overhead, 0.0))
 
 
-def _rms(part: F64) -> float:
-    rms = math.sqrt(float(np.square(part).mean()))
+def _units(rms: Sequence[float], way: Plain) -> list[float]:
+    """The RMS that each class is measured in."""
+    return [scale for scale in rms for _ in range(len(way.classes) // len(rms))]
+
+
+def _rms(mean_square: float) -> float:
+    rms = math.sqrt(mean_square)
     if not math.isfinite(rms) or rms > 1e30:
         raise CodecError(f"an update of RMS {rms} is not worth sending; lower the learning rate")
     return bfloat16(rms)
 
 
-def _cosine(wanted: F64, sent: F32) -> float:
-    given = sent.astype(np.float64)
-    norms = float(np.linalg.norm(wanted)) * float(np.linalg.norm(given))
+def _dot(a: F32, b: F32) -> float:
+    """Inner product, float32 within a piece and float64 beyond."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    return sum(float(np.vdot(a[piece], b[piece])) for piece in pieces(slice(0, a.size)))
+
+
+def _cosine(wanted: F32, sent: F32) -> float:
+    norms = math.sqrt(_dot(wanted, wanted) * _dot(sent, sent))
     if norms == 0.0:
         return 1.0 if not wanted.any() and not sent.any() else 0.0
-    return min(1.0, max(-1.0, float(np.vdot(wanted, given)) / norms))
+    return min(1.0, max(-1.0, _dot(wanted, sent) / norms))

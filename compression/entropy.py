@@ -7,6 +7,7 @@ probabilities are built from constants by multiplication alone, hence are the sa
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ MAX_MAGNITUDE = 2047
 
 SILENT = 255
 """The nonzero code of a class whose symbols are all zero: nothing is coded for it."""
+
+_AT_ONCE = 1 << 15
 
 # 2^(-j/16), written out because the last bit of a library's exp2 may differ between machines.
 _SIXTEENTHS = (
@@ -43,17 +46,16 @@ class ClassModel:
     @classmethod
     def of(cls, symbols: I32) -> "ClassModel":
         """The model that suits these symbols."""
-        count = int(np.count_nonzero(symbols))
-        if count == 0:
-            return cls(SILENT, 0)
-        return cls.fitted(symbols.size, count, int(np.abs(symbols).sum()))
+        return cls.fitted(symbols.size, int(np.count_nonzero(symbols)), int(np.abs(symbols).sum()))
 
     @classmethod
     def fitted(cls, size: int, count: int, magnitude: int) -> "ClassModel":
         """The model for `count` nonzero of `size` symbols whose magnitudes sum to `magnitude`."""
+        if count == 0:
+            return cls(SILENT, 0)
         nonzero = round(-16 * math.log2(count / size))
         fall = round(256 * (1 - count / magnitude))
-        return cls(min(max(nonzero, 1), SILENT - 1), min(max(fall, 0), 255))
+        return cls(min(max(nonzero, 1), SILENT - 1), min(max(fall, magnitude > count), 255))
 
     def probabilities(self, top: int) -> npt.NDArray[np.float32]:
         """Probabilities of the symbols -top..top, (2 top + 1,)."""
@@ -67,23 +69,34 @@ class ClassModel:
 def estimate_bits(
     size: npt.NDArray[Any], count: npt.NDArray[Any], magnitude: npt.NDArray[Any]
 ) -> float:
-    """Bits that classes of `size` symbols, `count` of them nonzero, take; arrays (classes,)."""
-    size, count = np.maximum(size, 1.0), np.asarray(count, np.float64)
-    share = count / size
-    mean = np.maximum(np.maximum(magnitude, count) / np.maximum(count, 1.0), 1.0)
-    sign_and_first = 1.0 + np.log2(mean)  # sign, and the geometric law's -log2(1 - ratio)
-    rest = (mean - 1.0) * np.log2(mean / np.maximum(mean - 1.0, 1e-12))
-    zero = (1.0 - share) * -np.log2(np.maximum(1.0 - share, 1e-12))
-    one = share * -np.log2(np.maximum(share, 1e-12))
-    return float((size * (zero + one) + count * (sign_and_first + rest)).sum())
+    """Bits that classes of `size` symbols, `count` of them nonzero, take; arrays (classes,).
+
+    As `ClassModel.fitted` will code them, its rounding included.
+    """
+    some = count > 0
+    size, count = size[some], count[some].astype(np.float64)
+    magnitude = np.maximum(magnitude[some], count)
+    nonzero = np.clip(np.rint(-16 * np.log2(count / size)), 1, SILENT - 1) / 16
+    more = magnitude - count
+    fall = np.clip(np.rint(256 * more / magnitude), more > 0, 255) / 256
+    zeros = (size - count) * -np.log2(1.0 - np.exp2(-nonzero))
+    signs_and_ones = count * (nonzero + 1.0 - np.log2(1.0 - fall))
+    return float((zeros + signs_and_ones - more * np.log2(np.maximum(fall, 1e-9))).sum())
 
 
-def encode(classes: list[I32], models: list[ClassModel], top: int) -> bytes:
+def encode(
+    classes: Sequence[npt.NDArray[np.integer]], models: Sequence[ClassModel], top: int
+) -> bytes:
     """Range-code the symbols of every class in order; whole 32-bit little-endian words."""
     coder = constriction.stream.queue.RangeEncoder()
     for symbols, model in zip(classes, models, strict=True):
-        if model.nonzero != SILENT and symbols.size:
-            coder.encode(symbols + np.int32(top), _categorical(model, top))
+        if model.nonzero == SILENT:
+            continue
+        law = _categorical(model, top)
+        for start in range(0, symbols.size, _AT_ONCE):  # the coder wants 32 bits a symbol
+            part = symbols[start : start + _AT_ONCE].astype(np.int32)
+            part += top
+            coder.encode(part, law)
     words = np.asarray(coder.get_compressed(), dtype=np.dtype("<u4"))
     return words.tobytes()
 

@@ -2,22 +2,17 @@
 
 With v = delta + e, the device sends code(v) and keeps e' = v - decode(code(v)). Sums telescope:
 the decoded updates of T rounds add up to the deltas plus e_0 - e_T, so nothing is ever lost, only
-late. The residual is kept in float64 so that this holds to the last bits over thousands of rounds.
+late. It is kept in float32, like the update: a rounding (2^-24 of a value) at each step, both ways.
 
 Source: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019 (arXiv 1901.09847), algorithm 2.
 """
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import save
 
 from compression import tensor_file
-from compression.blocks import Layout
+from compression.blocks import F32, Layout
 from compression.errors import CodecError
-
-F64 = npt.NDArray[np.float64]
 
 
 class FeedbackState:
@@ -28,7 +23,7 @@ class FeedbackState:
     """
 
     def __init__(self) -> None:
-        self._residual: F64 | None = None  # (rows, block)
+        self._residual: F32 | None = None  # (rows, block)
         self._layout: bytes | None = None
 
     @property
@@ -40,37 +35,37 @@ class FeedbackState:
         """Euclidean norm of what is owed."""
         return 0.0 if self._residual is None else float(np.linalg.norm(self._residual))
 
-    def add_to(self, blocks: npt.NDArray[Any], layout: Layout) -> F64:
-        """Return blocks (rows, block) plus the residual, float64.
+    def add_to(self, blocks: F32, layout: Layout) -> F32:
+        """Add the residual to blocks (rows, block), in place; return them.
 
         Raises:
             CodecError: the residual belongs to an adapter of another layout.
         """
         if self._residual is None:
-            return blocks.astype(np.float64)
+            return blocks
         if self._layout != layout.hash:
             raise CodecError(
                 "the error feedback kept here belongs to an adapter of other shapes; "
                 "begin with a new FeedbackState"
             )
-        total: F64 = self._residual + blocks
-        return total
+        blocks += self._residual
+        return blocks
 
-    def keep(self, residual: F64, layout: Layout) -> None:
+    def keep(self, residual: F32, layout: Layout) -> None:
         """Remember this residual (rows, block)."""
         self._residual, self._layout = residual, layout.hash
 
-    def owe(self, blocks: npt.NDArray[Any], layout: Layout) -> None:
-        """Add blocks (rows, block) of which nothing could be sent: all of them come later.
+    def owe(self, blocks: F32, layout: Layout) -> None:
+        """Take over blocks (rows, block) of which nothing could be sent: all of them come later.
 
         Raises:
             CodecError: the residual belongs to an adapter of another layout.
         """
         self.keep(self.add_to(blocks, layout), layout)
 
-    def tensors(self, layout: Layout) -> dict[str, F64]:
-        """The residual by tensor name, float64; zeros when empty."""
-        blocks = self.add_to(np.zeros((layout.rows, layout.block)), layout)
+    def tensors(self, layout: Layout) -> dict[str, F32]:
+        """The residual by tensor name, float32; zeros when empty."""
+        blocks = self.add_to(np.zeros((layout.rows, layout.block), np.float32), layout)
         return layout.unpack(blocks)
 
     def to_bytes(self) -> bytes:
@@ -94,7 +89,7 @@ class FeedbackState:
             residual, layout = tensors["residual"], bytes.fromhex(metadata["layout"])
         except (KeyError, ValueError) as exc:
             raise CodecError(f"not a feedback state: {exc}") from exc
-        if residual.dtype != np.float64 or residual.ndim != 2 or not np.isfinite(residual).all():
-            raise CodecError("not a feedback state: the residual must be finite float64 blocks")
+        if residual.dtype != np.float32 or residual.ndim != 2 or not np.isfinite(residual).all():
+            raise CodecError("not a feedback state: the residual must be finite float32 blocks")
         state._residual, state._layout = residual.copy(), layout
         return state

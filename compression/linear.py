@@ -87,12 +87,12 @@ class LinearCodes:
         Raises:
             CodecError: other tensors than the layout's, or values that are not finite.
         """
-        wanted = state.add_to(self.layout.pack(update), self.layout)  # (rows, block) float64
+        wanted = state.add_to(self.layout.pack(update), self.layout)  # (rows, block)
         if not np.isfinite(wanted).all():
             raise CodecError("the update holds values that are not finite")
-        latents = self.basis.encode(wanted.astype(np.float32), self.layout)
+        latents = self.basis.encode(wanted, self.layout)
         q = np.clip(np.rint(latents.reshape(-1) / self.step), -self.limit, self.limit)
-        state.keep(wanted - self._blocks(q), self.layout)
+        state.keep((wanted - self._blocks(q)).astype(np.float32), self.layout)
         return self.reduced(q.astype(np.int64))
 
     def reduced(self, values: npt.NDArray[np.integer]) -> U32:

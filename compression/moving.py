@@ -99,13 +99,13 @@ class MovingBasis:
                 found.append(mean / left)
         return np.array(found, np.float32).reshape(len(found), *self._packed[0].shape)
 
-    def encode(self, blocks: F32) -> F32:
-        """Latents (rows, block) of blocks (rows, block)."""
-        return self._transformed(blocks, back=False)
+    def encode(self, blocks: F32, *, out: F32 | None = None) -> F32:
+        """Latents (rows, block) of blocks (rows, block); `out` may be the blocks themselves."""
+        return self._transformed(blocks, out, back=False)
 
-    def decode(self, latents: F32) -> F32:
-        """Blocks (rows, block) of latents (rows, block)."""
-        return self._transformed(latents, back=True)
+    def decode(self, latents: F32, *, out: F32 | None = None) -> F32:
+        """Blocks (rows, block) of latents (rows, block); `out` may be the latents themselves."""
+        return self._transformed(latents, out, back=True)
 
     @cached_property
     def classes(self) -> list[npt.NDArray[np.intp]]:
@@ -142,8 +142,8 @@ class MovingBasis:
             _Tensor(*one, left, right) for one, left, right in zip(found, made, made, strict=True)
         ]
 
-    def _transformed(self, blocks: F32, *, back: bool) -> F32:
-        out = np.zeros_like(blocks)
+    def _transformed(self, blocks: F32, out: F32 | None, *, back: bool) -> F32:
+        out = np.zeros_like(blocks) if out is None else out
         for tensor in self._tensors:
             x = _matrix(blocks, tensor.rows, tensor.shape)
             z = tensor.left.turned(tensor.right.turned(x, back=back).T, back=back).T

@@ -3,7 +3,7 @@
 Knows bases and layouts. Does not know quantizers, headers or byte targets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +15,11 @@ from compression.errors import CodecError
 from compression.header import Method
 from compression.moving import MovingBasis
 
-F64 = npt.NDArray[np.float64]
-Group = slice | npt.NDArray[np.intp]
+F16 = npt.NDArray[np.float16]
+Group = slice | npt.NDArray[np.integer]
+
+PIECE = 1 << 14
+"""Values worked on at once: with what is made of them they stay in a core's cache."""
 
 
 class EncoderSession(Protocol):
@@ -32,32 +35,26 @@ class Plain:
     Attributes:
         width: latents of a block.
         spans: rows that share a scale.
-        trend: directions (k, rows, block) whose part of an update is sent as one number each.
-        classes: indices into flat latents that share a model of their probabilities.
+        trends: how many numbers an update has beside its latents.
+        classes: indices into flat latents that share a model of their probabilities; as many for
+            each span.
     """
+
+    trends = 0
 
     def __init__(self, layout: Layout) -> None:
         self.width = layout.block
         self.spans: tuple[slice, ...] = tuple(layout.kind_rows.values())
-        self.trend: F32 = np.zeros((0, layout.rows, layout.block), np.float32)
         self.classes: list[Group] = [
             slice(rows.start * self.width, rows.stop * self.width) for rows in self.spans
         ]
 
-    def project(self, wanted: F64) -> F32:
-        """What the update has of each trend, (k,)."""
-        return np.zeros(0, np.float32)
+    def latents(self, wanted: F32, session: EncoderSession | None) -> tuple[F16, F32]:
+        """The trend's numbers (trends,) and the latents (rows, width) of blocks (rows, block)."""
+        return np.zeros(0, np.float16), wanted
 
-    def along(self, parts: npt.NDArray[np.floating]) -> F32 | float:
-        """The sum of the trends (rows, block), each times its part; 0.0 for none."""
-        return 0.0
-
-    def latents(self, x: F32, session: EncoderSession | None) -> F32:
-        """Of blocks in units of their RMS."""
-        return x
-
-    def blocks(self, z: F32) -> F32:
-        """The inverse of `latents`."""
+    def blocks(self, trend: F16, z: F32) -> F32:
+        """The inverse of `latents`; uses up z."""
         return z
 
 
@@ -69,20 +66,21 @@ class Learned(Plain):
         self._layout, self._basis = layout, basis
         self.width, self.classes = basis.width, list(basis.classes(layout))
 
-    def latents(self, x: F32, session: EncoderSession | None) -> F32:
+    def latents(self, wanted: F32, session: EncoderSession | None) -> tuple[F16, F32]:
         """By the encoder, or by its graph in a session."""
+        none = np.zeros(0, np.float16)
         if session is None:
-            return self._basis.encode(x, self._layout)
-        latents = np.asarray(session.run(["latents"], {"blocks": x})[0], np.float32)
-        if latents.shape != (len(x), self.width):
+            return none, self._basis.encode(wanted, self._layout)
+        latents = np.asarray(session.run(["latents"], {"blocks": wanted})[0], np.float32)
+        if latents.shape != (len(wanted), self.width):
             raise CodecError(
                 f"the encoder's graph returned shape {latents.shape}; not this codec's"
             )
         if not np.isfinite(latents).all():
             raise CodecError("the encoder's graph returned values that are not finite")
-        return latents
+        return none, latents
 
-    def blocks(self, z: F32) -> F32:
+    def blocks(self, trend: F16, z: F32) -> F32:
         """By the encoder's transpose."""
         return self._basis.decode(z, self._layout)
 
@@ -92,27 +90,28 @@ class Moving(Plain):
 
     def __init__(self, layout: Layout, basis: MovingBasis) -> None:
         super().__init__(layout)
-        self._basis = basis
+        self._basis, self.trends = basis, len(basis.trend)
         self.spans = (slice(0, layout.rows),)
-        self.trend, self.classes = basis.trend, list(basis.classes)
+        self.classes = list(basis.classes)
 
-    def project(self, wanted: F64) -> F32:
-        """Inner products: the trend is orthonormal."""
-        flat = self.trend.reshape(len(self.trend), -1)
-        return np.asarray(flat @ wanted.reshape(-1).astype(np.float32))
+    def latents(self, wanted: F32, session: EncoderSession | None) -> tuple[F16, F32]:
+        """The part along the trend, which is orthonormal, and the rest in the eigenbasis."""
+        flat = self._basis.trend.reshape(self.trends, -1)
+        trend = (flat @ wanted.reshape(-1)).astype(np.float16)
+        rest = wanted.copy()
+        self._add(rest, -trend)
+        return trend, self._basis.encode(rest, out=rest)
 
-    def along(self, parts: npt.NDArray[np.floating]) -> F32 | float:
-        """As `Plain.along`."""
-        flat = self.trend.reshape(len(self.trend), -1)
-        return (parts.astype(np.float32) @ flat).reshape(self.trend.shape[1:])
-
-    def latents(self, x: F32, session: EncoderSession | None) -> F32:
-        """In the eigenbasis."""
-        return self._basis.encode(x)
-
-    def blocks(self, z: F32) -> F32:
+    def blocks(self, trend: F16, z: F32) -> F32:
         """Back from the eigenbasis."""
-        return self._basis.decode(z)
+        blocks = self._basis.decode(z, out=z)
+        self._add(blocks, trend)
+        return blocks
+
+    def _add(self, blocks: F32, parts: F16) -> None:
+        flat, along = blocks.reshape(-1), self._basis.trend.reshape(self.trends, -1)
+        for piece in pieces(slice(0, flat.size)):
+            flat[piece] += parts.astype(np.float32) @ along[:, piece]
 
 
 def transforms(layout: Layout, basis: Basis | MovingBasis | None) -> dict[Method, Plain]:
@@ -123,3 +122,18 @@ def transforms(layout: Layout, basis: Basis | MovingBasis | None) -> dict[Method
     elif basis is not None:
         found[Method.MOVING] = Moving(layout, basis)
     return found
+
+
+def length(group: Group) -> int:
+    """How many indices a group has."""
+    return group.stop - group.start if isinstance(group, slice) else group.size
+
+
+def pieces(group: Group) -> Iterator[Any]:
+    """A group's indices, PIECE at a time."""
+    for start in range(0, length(group), PIECE):
+        if isinstance(group, slice):
+            first = group.start + start
+            yield slice(first, min(first + PIECE, group.stop))
+        else:
+            yield group[start : start + PIECE]
