@@ -1,6 +1,6 @@
 """Coordinates that stay comparable: ways to add up LoRA factors, each with and without a codec.
 
-    python examples/bench_gauge.py            # six ways, three seeds, about an hour of one core
+    python examples/bench_gauge.py            # seven ways, three seeds, about an hour of one core
 
 Knows how well one round's change compares with the next. Does not know the work, the clients or the
 codecs: see `examples/codec_bench/`, whose `lm` this runs (eight clients, 40 rounds).
@@ -46,7 +46,8 @@ T = TypeVar("T")
 Factors = Mapping[str, F32]
 
 ROOT = Path(__file__).resolve().parent
-ROUNDS, SEEDS, WORK = 40, (1, 2, 3), "lm"
+WORK = "lm"
+ROUNDS, STEPS, SEEDS = 40, kinds.LM.steps, (1, 2, 3)
 CODECS = ((UNCOMPRESSED, 0), *((name, r) for r in (100, 300) for name in ("dead-zone", "symbiont")))
 """Method, and times fewer bytes than A and B in float32."""
 
@@ -56,6 +57,7 @@ class Row:
     """One run.
 
     Attributes:
+        steps: of a client in a round.
         asked: times fewer bytes asked for; ratio: had, over A and B in float32, tag included.
         before, after: held-out loss in nats.
         cosine: of what is decoded against the update with what was owed, mean over all updates.
@@ -70,6 +72,7 @@ class Row:
     codec: str
     asked: int
     rounds: int
+    steps: int
     ratio: float
     bytes: float
     before: float
@@ -81,9 +84,14 @@ class Row:
     core_s: float
 
     @property
-    def unit(self) -> tuple[int, int, str, str, int]:
+    def run(self) -> tuple[int, int, int]:
+        """What rows must share to be compared."""
+        return self.steps, self.rounds, self.seed
+
+    @property
+    def unit(self) -> tuple[tuple[int, int, int], str, str, int]:
         """What was asked for."""
-        return self.rounds, self.seed, self.way, self.codec, self.asked
+        return self.run, self.way, self.codec, self.asked
 
     @property
     def drop(self) -> float:
@@ -91,11 +99,13 @@ class Row:
         return self.before - self.after
 
 
-def measure(task: Task, name: str, codec: str, asked: int, *, seed: int, rounds: int) -> Row:
+def measure(
+    task: Task, name: str, codec: str, asked: int, *, seed: int, rounds: int, steps: int
+) -> Row:
     """Run one way with one codec."""
     began, way = time.process_time(), WAYS[name]
     whole = sum(int(np.prod(shape)) for shape in task.shapes.values())  # coordinates of A and B
-    trained = Trained(task, way, seed)
+    trained = Trained(task, way, seed, steps)
     fleet = Fleet(trained, seed)
     sender = _Sender(Plan(trained.shapes, asked * fleet.size / whole, rounds, CLIENTS, seed), codec)
     before, moves, offs = fleet.held_out_loss(), [], []
@@ -121,6 +131,7 @@ def measure(task: Task, name: str, codec: str, asked: int, *, seed: int, rounds:
         codec=codec,
         asked=asked,
         rounds=rounds,
+        steps=steps,
         ratio=4 * whole / size,
         bytes=size,
         before=before,
@@ -220,7 +231,7 @@ def kept(row: Row, rows: Iterable[Row]) -> tuple[float, float]:
     drops = {
         other.way: other.drop
         for other in rows
-        if (other.codec, other.seed, other.rounds) == (UNCOMPRESSED, row.seed, row.rounds)
+        if (other.codec, other.run) == (UNCOMPRESSED, row.run)
     }
     own, best = drops.get(row.way, float("nan")), max(drops.values(), default=float("nan"))
     return row.drop / own, row.drop / best
@@ -294,9 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CorpusError, ModelError) as refusal:
         print(refusal, file=sys.stderr)
         return 1
-    shown = [row for row in rows if row.rounds == args.rounds and row.seed in args.seeds]
+    shown = [row for row in rows if row.run in runs(args)]
     seeds = len({row.seed for row in shown})
-    print(f"\n{WORK}, {args.rounds} rounds, mean of up to {seeds} seeds; rows in {args.out}\n")
+    print(f"\n{WORK}, {args.rounds} rounds of {args.steps} steps, mean of up to {seeds} seeds\n")
     print(table(shown))
     return 0
 
@@ -310,10 +321,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, default=ROOT.parent.parent / "shared" / "data", help="the corpora")
     add("--unverified", action="store_true", help="take files whatever their checksums")
     add("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    add("--steps", type=int, default=STEPS, help=f"of a client in a round; default: {STEPS}")
     add("--seeds", type=int, nargs="+", default=list(SEEDS), help=f"default: {SEEDS}")
     add("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="default: all")
+    codecs = list(dict.fromkeys(codec for codec, _ in CODECS))
+    add("--codecs", nargs="+", choices=codecs, default=codecs, help="default: all")
     add("--out", type=Path, default=ROOT / "results" / "gauge.csv", help="the CSV")
     return parser.parse_args(argv)
+
+
+def runs(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """As `Row.run`, for every seed asked for."""
+    return [(args.steps, args.rounds, seed) for seed in args.seeds]
 
 
 def measured(args: argparse.Namespace) -> list[Row]:
@@ -322,14 +341,16 @@ def measured(args: argparse.Namespace) -> list[Row]:
     rows = load(args.out)
     held = {row.unit for row in rows}
     wanted = [
-        (args.rounds, seed, way, codec, asked)
-        for seed in args.seeds
+        (run, way, codec, asked)
+        for run in runs(args)
         for codec, asked in CODECS
         for way in args.ways
+        if codec in args.codecs
     ]
-    for rounds, seed, name, codec, asked in (unit for unit in wanted if unit not in held):
+    for (steps, rounds, seed), name, codec, asked in (u for u in wanted if u not in held):
         task = kinds.open_task(WORK, args.data, not args.unverified)
-        rows.append(measure(task, name, codec, asked, seed=seed, rounds=rounds))
+        row = measure(task, name, codec, asked, seed=seed, rounds=rounds, steps=steps)
+        rows.append(row)
         save(args.out, rows)
         print(f"seed {seed}:", *_cells(rows[-1:], rows), sep="  ", flush=True)
     return rows

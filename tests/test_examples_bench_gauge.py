@@ -149,13 +149,13 @@ def test_off_is_the_identity_of_averaging_factors_apart():
 def test_a_way_without_a_codec_or_change_trains_what_the_task_trains():
     task = Bilinear()
 
-    trained = Trained(task, WAYS["factors"], 1)
-    frozen = Trained(task, WAYS["frozen A, lr x2"], 1)
+    trained = Trained(task, WAYS["factors"], 1, 5)
+    frozen = Trained(task, WAYS["frozen A, lr x2"], 1, 7)
 
     assert trained.shapes == SHAPES
     assert trained.settings == task.settings
     assert sorted(frozen.fixed) + sorted(frozen.shapes) == sorted(SHAPES, key=lambda n: n[-1::-1])
-    assert frozen.settings.lr == 0.02
+    assert (frozen.settings.lr, frozen.settings.steps) == (0.02, 7)
     leaves = {n: torch.from_numpy(v)[None] for n, v in task.initial(1).items()}
     halves = {n: leaf for n, leaf in leaves.items() if n in frozen.shapes}
     assert frozen.held_out_loss(halves) == trained.held_out_loss(leaves) > 0
@@ -165,8 +165,8 @@ def test_a_way_without_a_codec_or_change_trains_what_the_task_trains():
 def test_every_way_learns_and_all_pay_the_same_bytes(way):
     size = sum(math.prod(shape) for shape in SHAPES.values())
 
-    whole = bench_gauge.measure(Bilinear(), way, "uncompressed", 0, seed=1, rounds=3)
-    coded = bench_gauge.measure(Bilinear(), way, "top-k", 30, seed=1, rounds=3)
+    whole = bench_gauge.measure(Bilinear(), way, "uncompressed", 0, seed=1, rounds=3, steps=5)
+    coded = bench_gauge.measure(Bilinear(), way, "top-k", 30, seed=1, rounds=3, steps=5)
 
     sent = 4 * 2 * 128 * 4 if way.startswith("frozen") else 4 * size
     assert whole.bytes == sent + 16

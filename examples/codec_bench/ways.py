@@ -94,11 +94,12 @@ WAYS = {
 
 
 class Trained:
-    """A `Task` as one way trains it: its learning rate, and A held fixed where it is frozen."""
+    """A `Task` as one way trains it: its rate, its steps, and A held fixed where it is frozen."""
 
-    def __init__(self, task: Task, way: Way, seed: int) -> None:
+    def __init__(self, task: Task, way: Way, seed: int, steps: int) -> None:
         self._task, self.name, self.dtype = task, task.name, task.dtype
-        self.settings = dataclasses.replace(task.settings, lr=way.faster * task.settings.lr)
+        lr = way.faster * task.settings.lr
+        self.settings = dataclasses.replace(task.settings, lr=lr, steps=steps)
         start = task.initial(seed)
         self.fixed = {n: v for n, v in start.items() if way.frozen and n.endswith(A_SUFFIX)}
         self.shapes = {n: s for n, s in task.shapes.items() if n not in self.fixed}
