@@ -18,7 +18,7 @@ from coordinator.twin import Twin
 from edge_sdk.errors import ExportError, LocalProtocolError
 from edge_sdk.train.lora import A_SUFFIX, B_SUFFIX, Factors, LoraSpec
 from edge_sdk.train.text_task import word_log_probs
-from edge_sdk.train.trainer import optimize, short_attention, shuffled_batches
+from edge_sdk.train.trainer import optimize, shuffled_batches
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +75,9 @@ def distil(
         return (each * share[rows]).sum() / share[rows].sum().clamp(min=1e-6)
 
     last = 0.0
-    with short_attention(twin.reader.max_tokens):
-        for done, last in enumerate(optimize(twin.adapter, loss_of_step, steps=steps, lr=lr), 1):
-            if progress is not None:
-                progress(done, steps, last)
+    for done, last in enumerate(optimize(twin.adapter, loss_of_step, steps=steps, lr=lr), 1):
+        if progress is not None:
+            progress(done, steps, last)
     twin.set_global(twin.adapter.factors())
     return last
 

@@ -29,7 +29,7 @@ from edge_sdk.train.text_task import (
     token_log_probs,
     word_log_probs,
 )
-from edge_sdk.train.trainer import optimize, short_attention, shuffled_batches
+from edge_sdk.train.trainer import optimize, shuffled_batches
 from edge_sdk.wire.messages import TextTask
 
 F32 = npt.NDArray[np.float32]
@@ -200,11 +200,10 @@ class Llm:
             return torch.stack(list(parts.values())).sum()
 
         steps = how.steps if written.texts or prompts else 0
-        with short_attention(self.reader.max_tokens):
-            losses = optimize(self.adapter, loss_of_step, steps=steps, lr=how.lr)
-            for done, loss in enumerate(losses, start=1):
-                if progress is not None:
-                    progress(done, steps, loss)
+        losses = optimize(self.adapter, loss_of_step, steps=steps, lr=how.lr)
+        for done, loss in enumerate(losses, start=1):
+            if progress is not None:
+                progress(done, steps, loss)
         return {name: total / max(1, steps) for name, total in sums.items()}
 
     def perplexity(self, rows: Sequence[Tokens]) -> float:

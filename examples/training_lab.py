@@ -21,7 +21,7 @@ from compression.int4 import WEIGHTS_FILE
 from compression.int4_torch import held_bytes, load_slm
 from edge_sdk.train.lora import Adapter, LoraSpec, start_factors
 from edge_sdk.train.memory import Way, compute_again, needs_of, peak_mb
-from edge_sdk.train.trainer import optimize, short_attention
+from edge_sdk.train.trainer import optimize
 
 BLOCK = 32
 SPEC = LoraSpec(rank=8, alpha=16.0, targets=("q_proj", "v_proj"))
@@ -147,11 +147,9 @@ def _ours(
     course = optimize(adapter, parts, steps=10_000, lr=LR)
 
     def step() -> float:
-        with short_attention(tokens):
-            return next(course)
+        return next(course)
 
-    with short_attention(tokens):
-        needs = needs_of(folder, SPEC, tokens=tokens, dtype=dtype)
+    needs = needs_of(folder, SPEC, tokens=tokens, dtype=dtype)
     predicted = peak_mb(needs, way, rows=rows, answers=tokens)
     held = held_bytes(folder, packed=way.packed, dtype=dtype)
     return step, {"weights_mb": held / 2**20, "predicted_mb": predicted}

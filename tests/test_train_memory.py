@@ -14,7 +14,7 @@ from edge_sdk.train import kinds
 from edge_sdk.train.lora import Adapter, LoraSpec, start_factors
 from edge_sdk.train.memory import Way, compute_again, needs_of, peak_mb, quickest
 from edge_sdk.train.text_task import TaskReader
-from edge_sdk.train.trainer import short_attention, train_adapter
+from edge_sdk.train.trainer import train_adapter
 from examples.training_lab import write_bundle
 from tests.learning_world import TASK, examples, model, tokenizer
 from tests.training_process import bundle, train
@@ -42,8 +42,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def needs(wide: Path):
-    with short_attention(TOKENS):
-        return needs_of(wide, SPEC, tokens=TOKENS)
+    return needs_of(wide, SPEC, tokens=TOKENS)
 
 
 def kept_by(adapter: Adapter, rows: int) -> int:
@@ -61,7 +60,6 @@ def kept_by(adapter: Adapter, rows: int) -> int:
 
     ids = torch.zeros(rows, TOKENS, dtype=torch.int64)
     with (
-        short_attention(TOKENS),
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
     ):
         adapter.model.base_model(input_ids=ids, use_cache=False)
@@ -84,7 +82,7 @@ def test_computing_again_keeps_little_and_changes_no_bit(wide: Path, needs) -> N
         if again:
             compute_again(adapter.model)
         ids = torch.arange(TOKENS)[None]
-        adapter.model(input_ids=ids, labels=ids).loss.backward()
+        adapter.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         return adapter, [p.grad for p in adapter.parameters()]
 
     plain, wanted = gradients(False)

@@ -27,7 +27,6 @@ from edge_sdk.train.trainer import (
     Labelled,
     Progress,
     Weighted,
-    short_attention,
     train_adapter,
 )
 from edge_sdk.wire.messages import TextTask, TopLogits, TrainAdapter, encode
@@ -214,8 +213,7 @@ def _way(
     tokens = padded_width(seen.ids)
     rows = min(order.batch, len(examples)) + min(max(1, order.batch // 2), len(given))
     try:
-        with short_attention(tokens):
-            needs = memory.needs_of(bundle, spec, tokens=tokens)
+        needs = memory.needs_of(bundle, spec, tokens=tokens)
     except WeightsError as exc:
         raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
     return memory.quickest(needs, memory_mb=means.memory_mb, rows=rows, answers=answers)

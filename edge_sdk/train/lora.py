@@ -60,6 +60,8 @@ class Adapter:
     def __init__(self, model: Any, spec: LoraSpec) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
+        from edge_sdk.train import attention
+
         config = LoraConfig(
             r=spec.rank,
             lora_alpha=spec.alpha,
@@ -74,6 +76,7 @@ class Adapter:
             raise ConfigError(
                 f"LoRA targets {', '.join(spec.targets)} do not fit this model: {exc}"
             ) from exc
+        attention.use(model)
         self.model, self.spec = model, spec
         self._layers = [module for module in model.modules() if hasattr(module, "lora_A")]
         self._parameters: dict[str, torch.nn.Parameter] = {}

@@ -32,7 +32,7 @@ from edge_sdk.train.teaching import (
     teach,
 )
 from edge_sdk.train.text_task import Sequences, TaskReader, padded_width
-from edge_sdk.train.trainer import Gate, Progress, short_attention
+from edge_sdk.train.trainer import Gate, Progress
 from edge_sdk.wire.messages import TeachAdapter, TextTask, encode
 
 MOST_TABLES = 4
@@ -189,8 +189,7 @@ def _way(
     answers = max(len(ids) - start for ids, start in zip(rows.ids, rows.starts, strict=True))
     tokens = padded_width(rows.ids)
     try:
-        with short_attention(tokens):
-            needs = memory.needs_of(bundle, spec, tokens=tokens)
+        needs = memory.needs_of(bundle, spec, tokens=tokens)
     except WeightsError as exc:
         raise RuntimeFailure(f"the bundle cannot be trained on: {exc}") from exc
     at_once = min(batch, len(rows))

@@ -22,7 +22,7 @@ from edge_sdk.prompts import batches
 from edge_sdk.train.checkpoint import Checkpoint
 from edge_sdk.train.lora import Adapter
 from edge_sdk.train.text_task import Sequences, TaskReader, logits_at, padded
-from edge_sdk.train.trainer import Gate, Progress, optimize, short_attention, shuffled_batches
+from edge_sdk.train.trainer import Gate, Progress, optimize, shuffled_batches
 
 Pairs = Sequence[tuple[str, str]]
 """Public texts with their labels."""
@@ -177,19 +177,18 @@ def teach(
         next(groups)
 
     last = 0.0
-    with short_attention(max(map(len, rows.ids))):
-        course = optimize(
-            adapter,
-            loss_of_step,
-            steps=how.steps,
-            lr=how.lr,
-            checkpoint=checkpoint,
-            skip_step=skip_step,
-            gate=gate,
-        )
-        for done, last in enumerate(course, 1):
-            if progress is not None:
-                progress(done, how.steps, last)
+    course = optimize(
+        adapter,
+        loss_of_step,
+        steps=how.steps,
+        lr=how.lr,
+        checkpoint=checkpoint,
+        skip_step=skip_step,
+        gate=gate,
+    )
+    for done, last in enumerate(course, 1):
+        if progress is not None:
+            progress(done, how.steps, last)
     return last
 
 

@@ -4,7 +4,6 @@ Knows batches, the loss and the optimizer. Does not know messages, codecs, files
 Random draws come from the seed alone, so the same call gives the same factors.
 """
 
-import contextlib
 import logging
 import math
 import time
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from edge_sdk.errors import DataError, FleetError, Postponed
 from edge_sdk.train.checkpoint import Checkpoint
@@ -41,9 +39,6 @@ Gate = Callable[[], None]
 
 CLIP_NORM = 1.0
 WARM_UP_SHARE = 0.1
-SHORT_TOKENS = 128
-"""Up to this width attention is computed in the plain way: torch's fused CPU backward pass costs a
-third of a whole step on a 3 M model at 40 tokens, and its saving of memory does not matter yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,20 +124,19 @@ def train_adapter(
         if given:
             next(extra_rows)
 
-    with short_attention(min(reader.max_tokens, max(map(len, own.ids + extra.ids)))):
-        course = optimize(
-            adapter,
-            loss_of_step,
-            steps=steps,
-            lr=lr,
-            checkpoint=checkpoint,
-            skip_step=skip_step,
-            gate=gate,
-        )
-        for done, loss in enumerate(course, start=1):
-            losses.append(loss)
-            if progress is not None:
-                progress(done, steps, loss)
+    course = optimize(
+        adapter,
+        loss_of_step,
+        steps=steps,
+        lr=lr,
+        checkpoint=checkpoint,
+        skip_step=skip_step,
+        gate=gate,
+    )
+    for done, loss in enumerate(course, start=1):
+        losses.append(loss)
+        if progress is not None:
+            progress(done, steps, loss)
     tail = losses[-max(1, steps // 4) :]
     seconds = time.monotonic() - began
     logger.info("trained %d steps on %d examples in %.1f s", steps, len(examples), seconds)
@@ -225,13 +219,6 @@ def shuffled_batches(n: int, batch: int, *, seed: int) -> Iterator[list[int]]:
         size = min(batch, n)
         for start in range(0, n - size + 1, size):
             yield order[start : start + size]
-
-
-@contextlib.contextmanager
-def short_attention(width: int) -> Iterator[None]:
-    """Within this block attention over at most SHORT_TOKENS tokens is computed the plain way."""
-    with sdpa_kernel(SDPBackend.MATH) if width <= SHORT_TOKENS else contextlib.nullcontext():
-        yield
 
 
 def _schedule(step: int, steps: int) -> float:
