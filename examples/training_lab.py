@@ -21,6 +21,7 @@ from compression.int4 import WEIGHTS_FILE
 from compression.int4_torch import held_bytes, load_slm
 from edge_sdk.train.lora import Adapter, LoraSpec, start_factors
 from edge_sdk.train.memory import Way, compute_again, needs_of, peak_mb
+from edge_sdk.train.text_task import Sequences, token_log_probs
 from edge_sdk.train.trainer import optimize
 
 BLOCK = 32
@@ -140,9 +141,9 @@ def _ours(
 
     def parts() -> Iterator[torch.Tensor]:
         for start in range(0, rows, at_once):
-            part = ids[start : start + at_once]
-            loss = adapter.model(input_ids=part, labels=part, use_cache=False).loss
-            yield loss * (len(part) / rows)
+            part = ids[start : start + at_once].tolist()
+            found, _ = token_log_probs(adapter.model, Sequences(part, [1] * len(part)))
+            yield -found.mean() * (len(part) / rows)
 
     course = optimize(adapter, parts, steps=10_000, lr=LR)
 
