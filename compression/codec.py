@@ -23,7 +23,7 @@ from compression.basis import Basis, learn
 from compression.blocks import F32, Layout, Tensors
 from compression.coder import Coder, Draft
 from compression.errors import CodecError, TooFewBytes
-from compression.feedback import FeedbackState
+from compression.feedback import FeedbackState, norm_of
 from compression.header import Header, Method, decode_header, header_bytes
 from compression.moving import WINDOW, MovingBasis, moves
 from compression.transforms import EncoderSession
@@ -180,7 +180,9 @@ class Compressor:
             CodecError: other tensors than the layout's, or values that are not finite.
         """
         state = state if state is not None else FeedbackState()
-        wanted = state.add_to(self.layout.pack(update), self.layout)
+        packed = self.layout.pack(update)
+        step = norm_of(packed)
+        wanted = state.add_to(packed, self.layout)
         if self.method is Method.IDENTITY:
             draft = self._identity_draft(wanted)
         else:
@@ -191,7 +193,7 @@ class Compressor:
             )
         if self.method is not Method.IDENTITY or not state.empty:
             wanted -= draft.sent
-            state.keep(wanted, self.layout)
+            state.keep(wanted, self.layout, step)
         name = _METHOD_NAMES[draft.method]
         return Encoded(draft.data, draft.cosine, name, draft.sent, self.layout)
 

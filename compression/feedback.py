@@ -5,7 +5,15 @@ the decoded updates of T rounds add up to the deltas plus e_0 - e_T, so nothing 
 late. It is kept in float32, like the update: a rounding (2^-24 of a value) at each step, both ways.
 
 Source: Seide et al. 2014 (1-bit SGD); Karimireddy et al. 2019 (arXiv 1901.09847), algorithm 2.
+
+A device that trains from the common adapter learns what it still owes a second time, and its
+backlog grows by it. So its next training starts ahead: at the common adapter plus what it owes, as
+far as AHEAD of its last steps go. The update stays what the training changed. That local models
+keep their residual is CSER's (Xie et al. 2020, arXiv 2007.13221); the bound is ours, for at a
+thousand times fewer bytes the debt is seven steps long and no place to train from (DECISIONS 105).
 """
+
+import math
 
 import numpy as np
 from safetensors.numpy import save
@@ -13,6 +21,19 @@ from safetensors.numpy import save
 from compression import tensor_file
 from compression.blocks import F32, Layout
 from compression.errors import CodecError
+
+AHEAD = 1.5
+"""How far ahead of the common adapter a device starts at most, in norms of its last update."""
+
+
+def norm_of(blocks: F32) -> float:
+    """Euclidean norm of blocks (rows, block), summed in float64."""
+    return math.sqrt(np.einsum("ij,ij->", blocks, blocks, dtype=np.float64))
+
+
+def share_ahead(owed: float, step: float) -> float:
+    """The share of its debt that a device starts ahead by, in [0, 1]; both are norms."""
+    return min(1.0, AHEAD * step / owed) if owed > 0 else 0.0
 
 
 class FeedbackState:
@@ -25,6 +46,7 @@ class FeedbackState:
     def __init__(self) -> None:
         self._residual: F32 | None = None  # (rows, block)
         self._layout: bytes | None = None
+        self._step = 0.0
 
     @property
     def empty(self) -> bool:
@@ -33,7 +55,7 @@ class FeedbackState:
 
     def norm(self) -> float:
         """Euclidean norm of what is owed."""
-        return 0.0 if self._residual is None else float(np.linalg.norm(self._residual))
+        return 0.0 if self._residual is None else norm_of(self._residual)
 
     def add_to(self, blocks: F32, layout: Layout) -> F32:
         """Add the residual to blocks (rows, block), in place; return them.
@@ -51,9 +73,18 @@ class FeedbackState:
         blocks += self._residual
         return blocks
 
-    def keep(self, residual: F32, layout: Layout) -> None:
-        """Remember this residual (rows, block)."""
-        self._residual, self._layout = residual, layout.hash
+    def keep(self, residual: F32, layout: Layout, step: float) -> None:
+        """Remember this residual (rows, block), and the norm of the last update."""
+        self._residual, self._layout, self._step = residual, layout.hash, step
+
+    def ahead(self, layout: Layout) -> dict[str, F32]:
+        """How far ahead of the common adapter the next training starts, float32 by tensor name.
+
+        Raises:
+            CodecError: the residual belongs to an adapter of another layout.
+        """
+        share = np.float32(share_ahead(self.norm(), self._step))
+        return {name: share * value for name, value in self.tensors(layout).items()}
 
     def owe(self, blocks: F32, layout: Layout) -> None:
         """Take over blocks (rows, block) of which nothing could be sent: all of them come later.
@@ -61,7 +92,8 @@ class FeedbackState:
         Raises:
             CodecError: the residual belongs to an adapter of another layout.
         """
-        self.keep(self.add_to(blocks, layout), layout)
+        step = norm_of(blocks)
+        self.keep(self.add_to(blocks, layout), layout, step)
 
     def tensors(self, layout: Layout) -> dict[str, F32]:
         """The residual by tensor name, float32; zeros when empty."""
@@ -72,7 +104,8 @@ class FeedbackState:
         """A safetensors blob."""
         if self._residual is None or self._layout is None:
             return b""
-        return save({"residual": self._residual}, metadata={"layout": self._layout.hex()})
+        tensors = {"residual": self._residual, "step": np.array([self._step])}
+        return save(tensors, metadata={"layout": self._layout.hex()})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "FeedbackState":
@@ -87,9 +120,12 @@ class FeedbackState:
         try:
             tensors, metadata = tensor_file.read(data)
             residual, layout = tensors["residual"], bytes.fromhex(metadata["layout"])
+            step = float(tensors["step"].item())
         except (KeyError, ValueError) as exc:
             raise CodecError(f"not a feedback state: {exc}") from exc
         if residual.dtype != np.float32 or residual.ndim != 2 or not np.isfinite(residual).all():
             raise CodecError("not a feedback state: the residual must be finite float32 blocks")
-        state._residual, state._layout = residual.copy(), layout
+        if not 0.0 <= step < math.inf:
+            raise CodecError(f"not a feedback state: a last step of {step}")
+        state._residual, state._layout, state._step = residual.copy(), layout, step
         return state

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from compression.basis import Basis
 from compression.blocks import Layout, Tensors
 from compression.errors import CodecError
-from compression.feedback import FeedbackState
+from compression.feedback import FeedbackState, norm_of
 
 U32 = npt.NDArray[np.uint32]
 
@@ -87,12 +87,14 @@ class LinearCodes:
         Raises:
             CodecError: other tensors than the layout's, or values that are not finite.
         """
-        wanted = state.add_to(self.layout.pack(update), self.layout)  # (rows, block)
+        packed = self.layout.pack(update)  # (rows, block)
+        step = norm_of(packed)
+        wanted = state.add_to(packed, self.layout)
         if not np.isfinite(wanted).all():
             raise CodecError("the update holds values that are not finite")
         latents = self.basis.encode(wanted, self.layout)
         q = np.clip(np.rint(latents.reshape(-1) / self.step), -self.limit, self.limit)
-        state.keep((wanted - self._blocks(q)).astype(np.float32), self.layout)
+        state.keep((wanted - self._blocks(q)).astype(np.float32), self.layout, step)
         return self.reduced(q.astype(np.int64))
 
     def reduced(self, values: npt.NDArray[np.integer]) -> U32:

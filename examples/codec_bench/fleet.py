@@ -101,11 +101,17 @@ class Fleet:
         """A copy of what every client starts the next round from."""
         return self._named(self._global.numpy().copy())
 
-    def local_updates(self, round_: int) -> list[Local]:
-        """Train every client from the present adapter; nothing else changes."""
+    def local_updates(self, round_: int, ahead: F32 | None = None) -> list[Local]:
+        """Train every client from the present adapter; nothing else changes.
+
+        `ahead` (CLIENTS, size) is how far from it each starts; updates count from there.
+        """
         s = self.task.settings
         drawn = np.stack([self._drawn(round_, client) for client in range(CLIENTS)], axis=1)
-        flat = torch.nn.Parameter(self._global.repeat(CLIENTS, 1))  # (K, N)
+        start = self._global.repeat(CLIENTS, 1)  # (K, N)
+        if ahead is not None:
+            start += torch.from_numpy(ahead)
+        flat = torch.nn.Parameter(start.clone())
         optimizer = torch.optim.AdamW([flat], lr=s.lr, betas=BETAS, weight_decay=0.0, fused=True)
         for rows in drawn:  # (K, batch)
             leaves = self._leaves(flat.detach())
@@ -113,7 +119,7 @@ class Fleet:
             grads = torch.autograd.grad(loss, list(leaves.values()))
             flat.grad = torch.cat([g.reshape(CLIENTS, -1) for g in grads], dim=1).float()
             optimizer.step()
-        change = (flat.detach() - self._global).numpy()
+        change = (flat.detach() - start).numpy()
         v = optimizer.state[flat]["exp_avg_sq"].numpy() / (1 - BETAS[1] ** s.steps)
         return [Local(self._named(change[k]), self._named(v[k])) for k in range(CLIENTS)]
 

@@ -32,7 +32,7 @@ LM = Settings(
     rank=8, adapted=3, tokens=32, steps=10, batch=4, lr=2e-3, rows=800, held_out=48
 )  # fmt: skip
 LARGE = Settings(
-    rank=64, adapted=4, tokens=32, steps=10, batch=2, lr=5e-4, rows=800, held_out=48
+    rank=64, adapted=4, tokens=32, steps=10, batch=2, lr=2e-3, rows=800, held_out=48
 )  # fmt: skip
 ENCODER = Settings(
     rank=8, adapted=3, tokens=24, steps=10, batch=4, lr=5e-4, rows=400, held_out=480

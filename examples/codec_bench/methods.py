@@ -8,6 +8,7 @@ when a method changes: its rows in a result file are then thrown away and measur
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -110,6 +111,8 @@ METHODS: dict[str, Method] = {
     "random projection": _share(lambda share: RandomProjection(share)),
     "count sketch": _share(lambda share: CountSketch(share)),
     "dead-zone": Method(DeadZone),
-    "symbiont": Method(Moving, version=2),
-    "symbiont autoencoder": Method(Learned),
+    "symbiont": Method(partial(Moving, ahead=True), version=3),
+    "symbiont, all start alike": Method(Moving),
+    "symbiont dead-zone": Method(partial(DeadZone, ahead=True)),
+    "symbiont autoencoder": Method(Learned, version=2),
 }

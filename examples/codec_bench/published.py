@@ -25,7 +25,7 @@ IMAGES_OF_VALUES = 2**20
 class Published:
     """The ResNet-3 autoencoder with error feedback."""
 
-    feedback = True
+    feedback, ahead = True, False
 
     def __init__(self, plan: Plan) -> None:
         self.codec_bytes = 0

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 
+from compression.feedback import share_ahead
 from examples.codec_bench.fleet import CLIENTS, F32, Fleet, Task
 from examples.codec_bench.methods import METHODS
 from examples.codec_bench.sessions import TAG_BYTES, Plan, Session, flat, named
@@ -91,11 +93,13 @@ def measure(
     fleet = Fleet(task, seed)
     plan = Plan(task.shapes, ratio, rounds, CLIENTS, seed)
     session = METHODS[method].make(plan)
-    owed = [np.zeros(plan.size, np.float32) for _ in range(CLIENTS)]
+    owed, steps = np.zeros((CLIENTS, plan.size), np.float32), np.zeros(CLIENTS)
     meter, losses = _Meter(), [(0, fleet.held_out_loss())]
     for round_ in range(rounds):
         total = np.zeros(plan.size)
-        for client, local in enumerate(fleet.local_updates(round_)):
+        ahead = _ahead(owed, steps) if session.ahead else None
+        for client, local in enumerate(fleet.local_updates(round_, ahead)):
+            steps[client] = np.linalg.norm(flat(local.update, plan))
             decoded = _send(
                 session, client, round_, (local.update, {"v": local.second_moment}), plan, meter
             )
@@ -119,6 +123,13 @@ def measure(
         decode_ms=1e3 * median(meter.decoding),
         seconds=time.process_time() - began,
     )
+
+
+def _ahead(owed: F32, steps: npt.NDArray[np.float64]) -> F32:
+    """How far ahead of the common adapter each client starts, (CLIENTS, size)."""
+    debts = np.linalg.norm(owed, axis=1)
+    shares = [share_ahead(float(debt), step) for debt, step in zip(debts, steps, strict=True)]
+    return np.asarray(np.float32(shares)[:, None] * owed)
 
 
 def _send(

@@ -58,10 +58,12 @@ class Session(Protocol):
 
     Attributes:
         feedback: whether what a code leaves out is added to the client's next update.
+        ahead: whether a client's training starts ahead by what it owes (`compression/feedback.py`).
         codec_bytes: bytes of codec files that one device has been sent in the run so far.
     """
 
     feedback: bool
+    ahead: bool
     codec_bytes: int
 
     def encode(
@@ -87,7 +89,7 @@ class Session(Protocol):
 class Whole:
     """float32 as it is."""
 
-    feedback = False
+    feedback = ahead = False
     codec_bytes = 0
 
     def __init__(self, plan: Plan) -> None:
@@ -114,6 +116,7 @@ class Peer:
     byte budget looks at them.
     """
 
+    ahead = False
     codec_bytes = 0
 
     def __init__(self, plan: Plan, make: Any, *, feedback: bool) -> None:
@@ -150,8 +153,8 @@ class DeadZone:
     feedback = True
     codec_bytes = 0
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
+        self._plan, self.ahead = plan, ahead
         layout = Layout(tuple(plan.shapes), tuple(plan.shapes.values()))
         self.codec = Compressor.deadzone(layout)
         self._owed: dict[int, FeedbackState] = {}
@@ -182,8 +185,8 @@ class Moving(DeadZone):
     Everyone holds the changes of the common adapter, so no codec is ever sent.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+    def __init__(self, plan: Plan, *, ahead: bool = False) -> None:
+        super().__init__(plan, ahead=ahead)
         self._whole = Compressor.identity(self.codec.layout)
 
     def end_round(self, mean: Update) -> None:
@@ -199,7 +202,7 @@ class Learned(DeadZone):
     """
 
     def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
+        super().__init__(plan, ahead=True)
         self._seen: list[Update] = []
         self._worth_it = True
 

@@ -348,7 +348,7 @@ def _codec() -> tuple[Compressor, tuple[bytes, ...]]:
 
 def _feedback(codec: Compressor) -> bytes:
     state = FeedbackState()
-    state.keep(np.ones((codec.layout.rows, codec.layout.block), np.float32), codec.layout)
+    state.keep(np.ones((codec.layout.rows, codec.layout.block), np.float32), codec.layout, 1.0)
     return state.to_bytes()
 
 
