@@ -112,7 +112,7 @@ METHODS: dict[str, Method] = {
     "count sketch": _share(lambda share: CountSketch(share)),
     "dead-zone": Method(DeadZone),
     "symbiont": Method(partial(Moving, ahead=True), version=3),
-    "symbiont, all start alike": Method(Moving),
+    "symbiont started alike": Method(Moving),
     "symbiont dead-zone": Method(partial(DeadZone, ahead=True)),
     "symbiont autoencoder": Method(Learned, version=2),
 }
