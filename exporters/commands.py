@@ -35,7 +35,15 @@ def register(subparsers: "Parsers[argparse.ArgumentParser]") -> None:
     parser.add_argument("--release", required=True, help="name of this release, used once")
     parser.add_argument("--threads", type=int, default=2, help="threads on the device (2)")
     parser.add_argument(
-        "--block", type=int, default=32, choices=(16, 32, 64, 128), help="weights per scale (32)"
+        "--block",
+        type=int,
+        choices=(16, 32, 64, 128),
+        help="weights per scale (64; 32 for models less than 256 wide)",
+    )
+    parser.add_argument(
+        "--nearest",
+        action="store_true",
+        help="round each weight to the nearest value: quicker to export, loses more",
     )
     parser.add_argument(
         "--embedding-bits", type=int, default=8, choices=(4, 8), help="tied table and head (8)"
@@ -76,6 +84,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ExportError(f"--threads {arguments.threads} is outside 1..1024")
     options = SlmOptions(
         block=arguments.block,
+        compensate=not arguments.nearest,
         embedding_bits=arguments.embedding_bits,
         accuracy_level=1 if arguments.exact else 4,
         threads=arguments.threads,

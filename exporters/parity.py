@@ -96,7 +96,7 @@ def check_parity(
     session = open_session(bundle_dir)
     errors, norms, same, positions = 0.0, 0.0, 0, 0
     for ids in batches:
-        with torch.inference_mode(), _few_threads(model):
+        with torch.inference_mode(), few_threads(model):
             ours = model(torch.from_numpy(ids)).logits[0].float().numpy()  # (T, vocab)
         theirs = session.run(["logits"], empty_cache_feed(bundle_dir, session, ids))[0][
             0
@@ -244,7 +244,8 @@ def relative(actual: F32, expected: F32) -> float:
 
 
 @contextlib.contextmanager
-def _few_threads(model: Any) -> Iterator[None]:
+def few_threads(model: Any) -> Iterator[None]:
+    """Within this block torch works with one thread if `model` is small."""
     import torch
 
     before = torch.get_num_threads()

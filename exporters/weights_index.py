@@ -64,7 +64,7 @@ def layer_linears(
         layer, leaf = int(match[1]), match[2]
         leaves = (leaf,) if (layer, leaf) in by_place else _FUSED.get(leaf, ())
         parts = tuple(by_place.pop((layer, name), Linear("", 0, 0)) for name in leaves)
-        sizes = _integers(node)
+        sizes = integers(node)
         fits = sum(part.out_features for part in parts) == sizes["N"]
         if not fits or any(part.in_features != sizes["K"] for part in parts):
             raise ExportError(
@@ -97,7 +97,7 @@ def write_index(
     Raises:
         ExportError: a quantized matrix of the graph belongs to no parameter.
     """
-    spans = _spans(model)
+    placed = spans(model)
     entries: dict[str, dict[str, Any]] = {}
     head = ""
     for node in model.graph.node:
@@ -107,11 +107,11 @@ def write_index(
             start = 0
             for linear in linears[node.name]:
                 stop = start + linear.out_features
-                entries[f"{linear.name}.weight"] = _blockwise(node, spans, start, stop)
+                entries[f"{linear.name}.weight"] = _blockwise(node, placed, start, stop)
                 start = stop
         elif "/lm_head/" in node.name:
             head = "lm_head.weight"
-            entries[head] = _blockwise(node, spans, 0, _integers(node)["N"])
+            entries[head] = _blockwise(node, placed, 0, integers(node)["N"])
         else:
             raise ExportError(f"the graph's {node.name} belongs to no weight of the model")
     table = next((n for n in parameters if n.endswith("embed_tokens.weight")), "")
@@ -120,7 +120,7 @@ def write_index(
         entries[table] = entries.pop(head)
         entries[head] = {"kind": "alias", "of": table}
     with open(folder / DATA_FILE, "r+b") as data:
-        dense = _DenseFinder(model, spans, data.read())
+        dense = _DenseFinder(model, placed, data.read())
         for name, shape in parameters.items():
             if name not in entries:
                 entries[name] = dense.entry(tensor(name), shape)
@@ -132,12 +132,12 @@ def write_index(
 
 class _DenseFinder:
     def __init__(
-        self, model: onnx.ModelProto, spans: Mapping[str, tuple[int, int]], data: bytes
+        self, model: onnx.ModelProto, placed: Mapping[str, tuple[int, int]], data: bytes
     ) -> None:
         self._known: dict[bytes, tuple[int, int]] = {}
         for tensor in model.graph.initializer:
-            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name in spans:
-                offset, length = spans[tensor.name]
+            if tensor.data_type == onnx.TensorProto.FLOAT and tensor.name in placed:
+                offset, length = placed[tensor.name]
                 self._known.setdefault(data[offset : offset + length], (offset, length))
         self._end = len(data)
         self.appended = b""
@@ -152,23 +152,24 @@ class _DenseFinder:
         return {"kind": "dense", "dtype": "float32", "shape": list(shape), "data": list(span)}
 
 
-def _spans(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
-    spans = {}
+def spans(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+    """Offset and bytes in the data file of each of the graph's tensors that lies there, by name."""
+    placed = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where:
-            spans[tensor.name] = (int(where.get("offset", 0)), int(where["length"]))
-    return spans
+            placed[tensor.name] = (int(where.get("offset", 0)), int(where["length"]))
+    return placed
 
 
 def _blockwise(
-    node: onnx.NodeProto, spans: Mapping[str, tuple[int, int]], start: int, stop: int
+    node: onnx.NodeProto, placed: Mapping[str, tuple[int, int]], start: int, stop: int
 ) -> dict[str, Any]:
     """The entry of rows start..stop of a node's matrix; rows lie one after the other."""
-    sizes = _integers(node)
+    sizes = integers(node)
 
     def rows(name: str) -> list[int]:
-        offset, length = spans[name]
+        offset, length = placed[name]
         width = length // sizes["N"]  # bytes of a row
         return [offset + start * width, (stop - start) * width]
 
@@ -184,5 +185,6 @@ def _blockwise(
     }
 
 
-def _integers(node: onnx.NodeProto) -> dict[str, int]:
+def integers(node: onnx.NodeProto) -> dict[str, int]:
+    """A node's whole-number attributes, such as N, K, bits and block_size."""
     return {a.name: int(a.i) for a in node.attribute if a.type == onnx.AttributeProto.INT}
