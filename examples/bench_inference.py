@@ -266,7 +266,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="medians are over this many")
     add("--tokens", type=int, default=64, help="tokens written per request")
     add("--threads", type=int, default=2)
-    add("--block", type=int, default=32, choices=(16, 32, 64, 128), help="ours: weights per scale")
+    add("--block", type=int, choices=(16, 32, 64, 128), help="ours: weights per scale")
     add("--cache", type=Path, default=cache_folder().parent / "inference")
     add("--json", action="store_true", help="the last line is one JSON object")
     return parser.parse_args(argv)

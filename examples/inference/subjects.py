@@ -51,10 +51,10 @@ def weights(model: str, cache: Path) -> Path:
     raise SubjectError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
 
 
-def files(runtime: str, model: str, cache: Path, python: Path, *, block: int = 32) -> Path:
+def files(runtime: str, model: str, cache: Path, python: Path, *, block: int | None = None) -> Path:
     """What `runtime` loads of `model`, converted by `python`'s environment on first use.
 
-    `block`: how many weights share a scale in our own bundles.
+    `block`: how many weights share a scale in our own bundles; None: as exported by default.
 
     Raises:
         SubjectError: the converter failed.
@@ -63,7 +63,8 @@ def files(runtime: str, model: str, cache: Path, python: Path, *, block: int = 3
     out = cache / f"{source.name}-{runtime}-{_version(runtime)}"
     if runtime == "symbiont":
         return _made(
-            out.with_name(f"{out.name}-{block}"), lambda path: _bundle(source, path, block)
+            out.with_name(f"{out.name}-{block or 'auto'}"),
+            lambda path: _bundle(source, path, block),
         )
     if runtime == "speculative":
         draft, whole = materialize("slm-a"), files("symbiont", model, cache, python, block=block)
@@ -110,6 +111,7 @@ def _version(runtime: str) -> str:
     """A new converter makes new files."""
     if runtime in ("symbiont", "speculative"):
         parts = ("slm.py", "last_row.py", "lora_inputs.py", "weights_index.py")
+        parts += ("rounding.py", "calibration.py")
         text = b"".join((_HERE.parents[1] / "exporters" / part).read_bytes() for part in parts)
         return hashlib.sha256(text).hexdigest()[:12]
     return "1"
@@ -127,7 +129,7 @@ def _made(out: Path, make: Callable[[Path], None]) -> Path:
     return out
 
 
-def _bundle(source: Path, out: Path, block: int) -> None:
+def _bundle(source: Path, out: Path, block: int | None) -> None:
     from edge_sdk.errors import ExportError
     from exporters.slm import SlmOptions, export_slm
 
