@@ -117,7 +117,9 @@ class LearningDesk:
     def train(self, order: TrainAdapter) -> Handled:
         """Train on this device's examples and return the encoded change.
 
-        Where not even its headers fit the allowance, nothing is sent and all of it is owed.
+        It starts ahead of the common adapter by what this device still owes of earlier changes
+        (`compression/feedback.py`), which it need not learn again. Where not even its headers fit
+        the allowance, nothing is sent and all of it is owed.
 
         Raises:
             Lacking: the order's adapter or codec is not here; sent whole, it can be done.
@@ -149,8 +151,9 @@ class LearningDesk:
             if offered
             else []
         )
+        started = with_change(order, feedback.ahead(codec.layout))
         change = train_locally(
-            order,
+            started,
             Path(held.bundle),
             self._task,
             examples,
@@ -163,7 +166,7 @@ class LearningDesk:
         )
         from compression.errors import CodecError, TooFewBytes
 
-        own = encode(with_change(order, change))
+        own = encode(with_change(started, change))
         kept = {ADAPTERS: adapters.to_bytes(), CODEC: codec.to_bytes(), OWN: own}
         target = min(filter(None, (order.bytes_target, settings.uplink_bytes_per_round)), default=0)
         with watch.stage("encode"):

@@ -10,6 +10,7 @@ from compression import tensor_file
 from compression.blocks import Layout
 from compression.codec import Compressor, FeedbackState
 from compression.errors import CodecError
+from compression.feedback import AHEAD
 from compression.header import MAGIC
 
 Update = dict[str, np.ndarray]
@@ -146,6 +147,31 @@ def test_error_feedback_telescopes(learned: Compressor) -> None:
         for name in start:
             expected = deltas[name] + start[name] - owed[name]
             np.testing.assert_allclose(decoded[name], expected, rtol=0, atol=12 * 2**-24 * largest)
+
+
+def test_a_device_starts_ahead_by_what_it_owes_but_not_by_more_than_its_steps() -> None:
+    devices = Devices(seed=4)
+    codec, state = Compressor.deadzone(Layout.of(devices.update())), FeedbackState()
+    assert not any(value.any() for value in state.ahead(codec.layout).values())
+
+    for turn in range(8):  # at so few bytes the debt outgrows the steps
+        update = devices.update()
+        codec.encode(update, state, bytes_target=16_000 if turn == 0 else 100)
+        owed, ahead = state.tensors(codec.layout), state.ahead(codec.layout)
+        step, debt, lead = (norm_of_tensors(part) for part in (update, owed, ahead))
+        assert lead == pytest.approx(min(debt, AHEAD * step), rel=1e-5)
+        for name, value in ahead.items():
+            np.testing.assert_allclose(value, owed[name] * (lead / debt), rtol=1e-4)
+        if turn in (0, 7):
+            assert (debt < AHEAD * step) is (turn == 0)
+    assert state.to_bytes() == FeedbackState.from_bytes(state.to_bytes()).to_bytes()
+
+    state.owe(codec.layout.pack(devices.update()), codec.layout)  # nothing could be sent
+    assert norm_of_tensors(state.ahead(codec.layout)) > 0
+
+
+def norm_of_tensors(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.square(v, dtype=np.float64).sum() for v in tensors.values())))
 
 
 def test_what_the_device_decodes_is_what_the_coordinator_decodes(learned: Compressor) -> None:

@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused_with_a_reason(
         (order(task_id="c", targets=("nothing",)), "do not fit this model"),
         (order(task_id="d", adapter=b"rubbish"), "not an adapter"),
         (order(task_id="e", steps=10**6), "over this device's limit"),
-        (order(task_id="f", rank=3), "cannot be encoded"),
+        (order(task_id="f", rank=3), "has shape (2, 64), expected (3, 64)"),
         (Score("g", "r1", ("a",), ("no such label",)), "labels that its text task does not have"),
         (Score("h", "r1", ("a", "b"), ("open",)), "differ in number"),
     ]

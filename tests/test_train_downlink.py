@@ -17,7 +17,15 @@ from edge_sdk.errors import Lacking, RuntimeFailure
 from edge_sdk.handled import ADAPTERS, FEEDBACK, Handled
 from edge_sdk.train import local
 from edge_sdk.train.held import HeldAdapters
-from edge_sdk.train.lora import Factors, Layout, from_bytes, start_factors, to_bytes
+from edge_sdk.train.lora import (
+    Factors,
+    Layout,
+    add,
+    from_bytes,
+    start_factors,
+    to_bytes,
+    wire_exact,
+)
 from edge_sdk.wire.messages import AdapterDelta, AdapterUpdate, Refused, TextTask, TrainAdapter
 from tests.edge_world import TASK, codec_for_rank_2, config, order
 
@@ -30,6 +38,7 @@ class Desk:
 
     def __init__(self, folder: Path, text: str = "") -> None:
         self.folder, self.memory = folder, dict[str, bytes]()
+        self.ahead: list[Factors] = []  # of the common adapter, before each task
         self.set(text)
 
     def set(self, text: str) -> None:
@@ -47,6 +56,8 @@ class Desk:
         )
 
     def do(self, task: TrainAdapter, *, killed: bool = False) -> AdapterUpdate | Refused:
+        owed = FeedbackState.from_bytes(self.memory.get(FEEDBACK, b""))
+        self.ahead.append(owed.ahead(SHAPES))
         handled: Handled = self.desk.train(task)
         if not killed:
             self.memory.update(handled.remember)
@@ -108,10 +119,14 @@ def test_it_trains_on_what_differences_lead_to_and_says_what_it_holds(
         desk.do(order(digest=one.digest)),  # one round was taken back
     ]
 
-    for reply, begun, chain in zip(replies, began, (first, one, two, one), strict=True):
+    told = zip(replies, began, desk.ahead, (first, one, two, one), strict=True)
+    for reply, begun, ahead, chain in told:
         assert isinstance(reply, AdapterUpdate)
         assert reply.holds == chain.digest
-        assert all(np.array_equal(begun[k], v) for k, v in chain.tensors.items())
+        start = wire_exact(add(chain.tensors, ahead))
+        assert all(np.array_equal(begun[k], v) for k, v in start.items())
+    assert not any(value.any() for value in desk.ahead[0].values())
+    assert all(value.any() for value in desk.ahead[1].values())
     assert desk.held == (first.digest, two.digest, one.digest)
 
 
