@@ -37,8 +37,11 @@ from compression.exact import F64
 WINDOW = 6
 """Last changes that count."""
 
+WHOLE = 64
+"""Sides up to this long, such as the rank, keep all eigenvectors."""
+
 DIRECTIONS = 32
-"""Eigenvectors kept of a side; shorter sides keep all."""
+"""Eigenvectors kept of a longer side."""
 
 CLASSES = 8
 """Classes of latents, each twice as large as the one expected to be larger."""
@@ -87,9 +90,10 @@ class MovingBasis:
         decoded with them; nothing is decided by those bits.
         """
         found: list[F64] = []
+        packed = self._packed()
         for fade in _TRENDS:
-            mean = np.zeros(self._packed[0].shape)
-            for change in self._packed:
+            mean = np.zeros(packed[0].shape)
+            for change in packed:
                 mean = fade * mean + change
             size = float(np.linalg.norm(mean))
             for other in found:
@@ -97,7 +101,7 @@ class MovingBasis:
             left = float(np.linalg.norm(mean))
             if left > 1e-3 * size:
                 found.append(mean / left)
-        return np.array(found, np.float32).reshape(len(found), *self._packed[0].shape)
+        return np.array(found, np.float32).reshape(len(found), *packed[0].shape)
 
     def encode(self, blocks: F32, *, out: F32 | None = None) -> F32:
         """Latents (rows, block) of blocks (rows, block); `out` may be the blocks themselves."""
@@ -108,7 +112,7 @@ class MovingBasis:
         return self._transformed(latents, out, back=True)
 
     @cached_property
-    def classes(self) -> list[npt.NDArray[np.intp]]:
+    def classes(self) -> list[npt.NDArray[np.int32]]:
         """Indices into flat latents, CLASSES groups, those expected to be largest first."""
         places, expected = [], []
         for tensor in self._tensors:
@@ -117,21 +121,21 @@ class MovingBasis:
             shares = tensor.left.shares[:, None] * tensor.right.shares
             expected.append((tensor.size * shares).reshape(-1))
         order = np.concatenate(places)[np.argsort(-np.concatenate(expected), kind="stable")]
+        order = order.astype(np.int32)  # of at most 2^28 values; half of what an index takes
         ends = [len(order) >> (CLASSES - 1 - i) for i in range(CLASSES)]
         return np.split(order, ends[:-1])
 
     # --- below: private -----------------------------------------------------------------------
 
-    @cached_property
     def _packed(self) -> list[F32]:
         return [self.layout.pack(change) for change in self.changes]
 
     @cached_property
     def _tensors(self) -> "list[_Tensor]":
         weights = np.cumprod([1.0, *[_FADE] * (len(self) - 1)])[::-1]  # one after another: exact
-        found, sides = [], []
+        packed, found, sides = self._packed(), [], []
         for shape, rows in zip(self.layout.matrices, self.layout.tensor_rows, strict=True):
-            past = np.stack([_matrix(change, rows, shape) for change in self._packed])
+            past = np.stack([_matrix(change, rows, shape) for change in packed])
             whole, scale = exact.integers(past * weights[:, None, None])  # (t, m, n)
             energy = int(np.square(whole.astype(np.int64)).sum())
             size = np.ldexp(float(energy), 2 * scale) / (shape[0] * shape[1])
@@ -187,7 +191,7 @@ class _Side:
 
 def _sides(parts: Sequence[F64]) -> list[_Side]:
     """The right sides of rows (k, n) of integers; equal sizes are solved together."""
-    grams = [rows.T @ rows if rows.shape[1] <= DIRECTIONS else rows @ rows.T for rows in parts]
+    grams = [rows.T @ rows if rows.shape[1] <= WHOLE else rows @ rows.T for rows in parts]
     solved: dict[int, tuple[F64, F64]] = {}
     for size in {len(gram) for gram in grams}:
         members = [i for i, gram in enumerate(grams) if len(gram) == size]
@@ -198,7 +202,7 @@ def _sides(parts: Sequence[F64]) -> list[_Side]:
 
 def _side(rows: F64, values: F64, vectors: F64) -> _Side:
     n = rows.shape[1]
-    if n <= DIRECTIONS:
+    if n <= WHOLE:
         return _Side(_shares(values, n), whole=vectors.astype(np.float32))
     kept = int(np.count_nonzero(values[:DIRECTIONS] > _WORTH * values[0]))
     columns = rows.T @ exact.integers(vectors[:, :kept])[0]  # (n, kept), exact
@@ -247,7 +251,7 @@ def _rows_of(whole: F64) -> F64:
     """Rows (k, n) of changes (t, m, n) of integers; of long ones at most _SKETCH, signed sums."""
     t, m, n = whole.shape
     each = max(1, _SKETCH // t)
-    if n > DIRECTIONS and m > each:
+    if n > WHOLE and m > each:
         whole = _pattern(each, m) @ whole
     return exact.integers(whole.reshape(-1, n))[0]
 
