@@ -6,16 +6,13 @@ The values are those of `Packed.dequantize`, bit for bit, then rounded to the in
 costs time is not arithmetic but passes over memory with short inner loops, so the codes are laid
 out anew when a layer is made: transposed, (in, out), where a block's scales are one long row; two
 rows that lie half a matrix apart share a byte, so that unpacking is two whole-array operations; and
-everything is written into one scratch memory that all layers share. What costs next is the number
-of such passes, so small matrices that follow each other are dequantized as one.
+everything is written into one scratch memory that all layers share.
 """
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,28 +26,18 @@ COLUMNS_STEP = 16
 
 
 class Scratch(threading.local):
-    """Memory for one dequantized tile, made at first use, grown as needed, one per thread.
-
-    Attributes:
-        holds: what is in it, as its writer named it; None once anything was taken since.
-    """
+    """Memory for one dequantized tile, made at first use, grown as needed, one per thread."""
 
     def __init__(self) -> None:
         self._held: dict[torch.dtype, torch.Tensor] = {}
-        self.holds: object = None
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor of `shape` with undefined values; the next call of this dtype overwrites it."""
-        self.holds = None
         n = math.prod(shape)
         held = self._held.get(dtype)
         if held is None or held.numel() < n:
             held = self._held[dtype] = torch.empty(n, dtype=dtype)
         return held[:n].view(shape)
-
-    def again(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The tensor last taken of this dtype, as it is now."""
-        return self._held[dtype][: math.prod(shape)].view(shape)
 
 
 SHARED = Scratch()
@@ -79,10 +66,8 @@ class Tiles:
         # Codes are kept less 2^(bits-1), so that they are signed and 0 is the usual zero point;
         # scales of 4-bit codes a sixteenth, for unpacking gives sixteen times the code: both exact.
         self._codes = torch.zeros(self.count, held, self.columns, dtype=torch.int8)
-        self._scales = torch.zeros(
-            self.count, packed.blocks, 1, self.columns, dtype=scales_dtype(packed)
-        )
-        self._name = object()
+        kept = scales_dtype(packed)
+        self._scales = torch.zeros(self.count, packed.blocks, 1, self.columns, dtype=kept)
         self._zero: torch.Tensor | None = None
         if packed.zero_points is not None:
             self._zero = torch.zeros(self._scales.shape, dtype=torch.int8)
@@ -102,26 +87,10 @@ class Tiles:
     def tile(self, i: int, dtype: torch.dtype) -> torch.Tensor:
         """Tile `i` of the transpose, (in, outputs), in scratch memory: use it before the next."""
         shape = (self._width, self.columns)
-        if SHARED.holds == (self._name, i, dtype):
-            values = SHARED.again(shape, dtype)
-        else:
-            zero = None if self._zero is None else self._zero[i]
-            values = self._values(self._codes[i], self._scales[i], zero, dtype).view(shape)
-            SHARED.holds = (self._name, i, dtype)
+        zero = None if self._zero is None else self._zero[i]
+        values = self._values(self._codes[i], self._scales[i], zero, dtype)
         start, stop = self.span(i)
-        return values[: self.shape[1], : stop - start]
-
-    def parts(
-        self, outputs: tuple[int, int], dtype: torch.dtype
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The transpose's columns for outputs from and to, as (from, to, (in, to - from)) counted
-        from the first; each in scratch memory: use it before the next."""
-        for i in range(self.count):
-            start, stop = self.span(i)
-            low, high = max(start, outputs[0]), min(stop, outputs[1])
-            if low < high:
-                found = self.tile(i, dtype)[:, low - start : high - start]
-                yield low - outputs[0], high - outputs[0], found
+        return values.view(shape)[: self.shape[1], : stop - start]
 
     def rows(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of W for a flat int64 index (n,), as a new tensor (n, in)."""
@@ -179,33 +148,25 @@ class Int4Linear(nn.Linear):
 
     Takes (..., in) and returns (..., out) in the input's dtype. It is an `nn.Linear` so that
     libraries which look for linear layers find it. The tiles live on the CPU and are no part of
-    `state_dict`; `dtype` is what `weight` claims to be. `outputs` (from, to) are those of the
-    tiles that are this layer's, by default all.
+    `state_dict`; `dtype` is what `weight` claims to be.
     """
 
     def __init__(
-        self,
-        tiles: Tiles | Packed,
-        *,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype,
-        outputs: tuple[int, int] | None = None,
+        self, tiles: Tiles | Packed, *, bias: nn.Parameter | None = None, dtype: torch.dtype
     ) -> None:
         nn.Module.__init__(self)
         self.tiles = tiles if isinstance(tiles, Tiles) else Tiles(tiles)
-        self.outputs = outputs or (0, self.tiles.shape[0])
-        self.out_features = self.outputs[1] - self.outputs[0]
-        self.in_features = self.tiles.shape[1]
+        self.out_features, self.in_features = self.tiles.shape
         self.dtype = dtype
         self.register_parameter("bias", bias)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The whole weight (out, in), dequantized now and not kept."""
-        return whole(self.tiles, self.dtype, self.outputs)
+        return whole(self.tiles, self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _TiledMatmul.apply(x, self.tiles, self.outputs)
+        y: torch.Tensor = _TiledMatmul.apply(x, self.tiles)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -234,24 +195,12 @@ class Int4Embedding(nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.tiles.bits}"
 
 
-def joined(matrices: Sequence[Packed]) -> Packed:
-    """One matrix of all rows in turn; the matrices differ in their number of rows only."""
-    first = matrices[0]
-    if len(matrices) == 1:
-        return first
-    zeros = [m.zero_points for m in matrices if m.zero_points is not None]
-    return Packed(
-        first.bits,
-        first.block,
-        (sum(m.shape[0] for m in matrices), first.shape[1]),
-        np.concatenate([m.codes for m in matrices]),
-        np.concatenate([m.scales for m in matrices]),
-        np.concatenate(zeros) if zeros else None,
-    )
-
-
 def scales_dtype(packed: Packed) -> torch.dtype:
-    """The narrowest type that holds the scales exactly: 16 bits if they were made from 16 bits."""
+    """The narrowest type that holds the scales exactly.
+
+    ONNX Runtime's quantizer takes a block's largest weight over a power of two, so the scales of a
+    16-bit checkpoint have 16 bits.
+    """
     scales = torch.tensor(packed.scales).float()
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal((scales / 16).to(dtype).float() * 16, scales):
@@ -259,12 +208,12 @@ def scales_dtype(packed: Packed) -> torch.dtype:
     return torch.float32
 
 
-def whole(tiles: Tiles, dtype: torch.dtype, outputs: tuple[int, int] | None = None) -> torch.Tensor:
-    """All of W, (out, in), or its rows from and to, as a new tensor."""
-    low, high = outputs or (0, tiles.shape[0])
-    result = torch.empty(high - low, tiles.shape[1], dtype=dtype)
-    for start, stop, part in tiles.parts((low, high), dtype):
-        result[start:stop] = part.T
+def whole(tiles: Tiles, dtype: torch.dtype) -> torch.Tensor:
+    """All of W, (out, in), as a new tensor."""
+    result = torch.empty(tiles.shape, dtype=dtype)
+    for i in range(tiles.count):
+        start, stop = tiles.span(i)
+        result[start:stop] = tiles.tile(i, dtype).T
     return result
 
 
@@ -273,35 +222,33 @@ class _TiledMatmul(torch.autograd.Function):
     # dequantizes the same tiles a second time.
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, tiles: Tiles, outputs: tuple[int, int]) -> torch.Tensor:
-        ctx.tiles, ctx.outputs = tiles, outputs
-        flat, out = x.reshape(-1, tiles.shape[1]), outputs[1] - outputs[0]  # (tokens, in)
-        y: torch.Tensor | None = None
-        for start, stop, part in tiles.parts(outputs, x.dtype):
-            found = torch.mm(flat, part)
-            if stop - start == out:
-                y = found
-                break
-            y = x.new_empty(flat.shape[0], out) if y is None else y
-            y[:, start:stop] = found
-        assert y is not None
+    def forward(ctx: Any, x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+        ctx.tiles = tiles
+        out, width = tiles.shape
+        flat = x.reshape(-1, width)  # (tokens, in)
+        if tiles.count == 1:
+            return torch.mm(flat, tiles.tile(0, x.dtype)).view(*x.shape[:-1], out)
+        y = x.new_empty(flat.shape[0], out)
+        for i in range(tiles.count):
+            start, stop = tiles.span(i)
+            y[:, start:stop] = torch.mm(flat, tiles.tile(i, x.dtype))
         return y.view(*x.shape[:-1], out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (grad,), tiles, outputs = grads, ctx.tiles, ctx.outputs
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None]:
+        (grad,), tiles = grads, ctx.tiles
         if not ctx.needs_input_grad[0]:
-            return None, None, None
-        flat = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        total: torch.Tensor | None = None
-        for start, stop, part in tiles.parts(outputs, grad.dtype):
-            found = torch.mm(flat[:, start:stop], part.T)
-            if stop - start == flat.shape[1]:
-                total = found
-                break
-            total = found.float() if total is None else total.add_(found)
-        assert total is not None
-        return total.to(grad.dtype).view(*grad.shape[:-1], tiles.shape[1]), None, None
+            return None, None
+        out, width = tiles.shape
+        flat = grad.reshape(-1, out)  # (tokens, out)
+        if tiles.count == 1:
+            total = torch.mm(flat, tiles.tile(0, grad.dtype).T)
+        else:
+            total = grad.new_zeros(flat.shape[0], width, dtype=torch.float32)
+            for i in range(tiles.count):
+                start, stop = tiles.span(i)
+                total += torch.mm(flat[:, start:stop], tiles.tile(i, grad.dtype).T)
+        return total.to(grad.dtype).view(*grad.shape[:-1], width), None
 
 
 def _nibbles(codes: torch.Tensor, width: int, n: int) -> torch.Tensor:

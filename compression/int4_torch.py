@@ -3,13 +3,12 @@
 Knows torch, transformers' model classes and `WeightFile`. Does not know LoRA, training or ONNX.
 
 Two ways to hold the same numbers: dequantized once ("dense", fast, 16 or 32 bits a weight), or
-packed and dequantized for each use (`int4_layers`: 5 bits a weight with its scale, and for training
-a tenth slower). Both give the same gradients. Which of them a device takes is decided by
+packed and dequantized for each use (`int4_layers`: 4.5 bits a weight with a 16-bit scale, and for
+training a sixth slower). Both give the same gradients. Which of them a device takes is decided by
 `edge_sdk.train.memory`.
 """
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,7 @@ from torch import nn
 
 from compression.errors import WeightsError
 from compression.int4 import Packed, WeightFile
-from compression.int4_layers import (
-    TILE_WEIGHTS,
-    Int4Embedding,
-    Int4Linear,
-    Tiles,
-    joined,
-    scales_dtype,
-)
+from compression.int4_layers import TILE_WEIGHTS, Int4Embedding, Int4Linear, Tiles, scales_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -98,50 +90,25 @@ def held_bytes(bundle_dir: Path | str, *, packed: bool, dtype: torch.dtype) -> i
 
 
 def _place_packed(model: Any, weights: WeightFile, dtype: torch.dtype) -> None:
-    found: dict[str, list[tuple[str, Any]]] = {}  # layers by the matrix they hold
+    tiles: dict[str, Tiles] = {}
     for name in weights:
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or weights.kind(name) != "blockwise":
             continue
-        layer = _module(model, path, name)
+        layer, source = _module(model, path, name), weights.source(name)
         if not isinstance(layer, nn.Linear | nn.Embedding):
             continue
         if weights.shape(name) != tuple(layer.weight.shape):
             raise WeightsError(f"{name}: shape {weights.shape(name)} is not the model's")
-        found.setdefault(weights.source(name), []).append((path, layer))
-    for group in _groups(weights, found):
-        tiles, start = Tiles(joined([weights.packed(source) for source in group])), 0
-        for source in group:
-            stop = start + weights.shape(source)[0]
-            for path, layer in found[source]:
-                parent, _, child = path.rpartition(".")
-                held = _held(layer, tiles, (start, stop), dtype)
-                setattr(_module(model, parent, path), child, held)
-            start = stop
-
-
-def _held(layer: Any, tiles: Tiles, outputs: tuple[int, int], dtype: torch.dtype) -> nn.Module:
-    if isinstance(layer, nn.Embedding):
-        return Int4Embedding(tiles, like=layer, dtype=dtype)
-    return Int4Linear(tiles, bias=layer.bias, dtype=dtype, outputs=outputs)
-
-
-def _groups(weights: WeightFile, found: dict[str, list[tuple[str, Any]]]) -> list[list[str]]:
-    """The matrices that are dequantized together: of one decoder layer, alike, and of one tile."""
-    groups: dict[Any, list[list[str]]] = {}
-    for source, layers in found.items():
-        matrix = weights.packed(source)
-        alone = len(layers) > 1 or isinstance(layers[0][1], nn.Embedding)
-        within = source if alone else source.rsplit(".", 3)[0]  # model.layers.0
-        zeros, width = matrix.zero_points is not None, matrix.codes.shape[1]
-        alike = groups.setdefault(
-            (within, matrix.bits, matrix.block, matrix.shape[1], zeros, width), [[]]
-        )
-        size = sum(math.prod(weights.shape(other)) for other in alike[-1])
-        if alike[-1] and size + math.prod(matrix.shape) > TILE_WEIGHTS:
-            alike.append([])
-        alike[-1].append(source)
-    return [group for alike in groups.values() for group in alike]
+        if source not in tiles:
+            tiles[source] = Tiles(weights.packed(source))
+        held: nn.Module
+        if isinstance(layer, nn.Embedding):
+            held = Int4Embedding(tiles[source], like=layer, dtype=dtype)
+        else:
+            held = Int4Linear(tiles[source], bias=layer.bias, dtype=dtype)
+        parent, _, child = path.rpartition(".")
+        setattr(_module(model, parent, name), child, held)
 
 
 def _place_dense(model: Any, weights: WeightFile, dtype: torch.dtype) -> None:

@@ -10,14 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compression.errors import WeightsError
 from compression.int4 import WeightFile
-from compression.int4_layers import (
-    SHARED,
-    Int4Embedding,
-    Int4Linear,
-    Tiles,
-    joined,
-    scales_dtype,
-)
+from compression.int4_layers import Int4Embedding, Int4Linear, Tiles, scales_dtype
 from compression.int4_torch import held_bytes, load_slm
 
 BLOCK = 32
@@ -180,65 +173,6 @@ def test_16_bit_tiles_round_the_stored_values_once(tmp_path: Path) -> None:
 
     assert torch.equal(tiles.tile(0, torch.bfloat16), expected.T)
     torch.testing.assert_close(Int4Linear(tiles, dtype=torch.bfloat16)(x), x @ expected.T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_dequantized_together_are_each_their_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    writer, draw = BundleWriter(tmp_path), np.random.default_rng(1)
-    wanted = [
-        torch.from_numpy(writer.blockwise(f"w{rows}", draw.normal(size=(rows, 64)))).to(dtype)
-        for rows in (48, 16, 40)
-    ]
-    writer.close()
-    weights = WeightFile(tmp_path)
-    tiles = Tiles(joined([weights.packed(f"w{rows}") for rows in (48, 16, 40)]))
-    spans = [(0, 48), (48, 64), (64, 104)]
-    layers = [Int4Linear(tiles, dtype=dtype, outputs=span) for span in spans]
-    times = []
-    values = Tiles._values
-    monkeypatch.setattr(Tiles, "_values", lambda *a: times.append(1) or values(*a))
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
-    inputs = [x.clone().requires_grad_() for _ in layers]
-
-    said = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
-    torch.autograd.backward(said, [torch.ones_like(y) for y in said])
-
-    assert len(times) == 1
-    for y, x, weight, layer in zip(said, inputs, wanted, layers, strict=True):
-        assert torch.equal(layer.weight, weight)
-        torch.testing.assert_close(y, x @ weight.T)
-        torch.testing.assert_close(x.grad, torch.ones_like(y) @ weight)
-
-
-def test_scratch_taken_since_is_not_mistaken_for_a_tile(tmp_path: Path) -> None:
-    writer, draw = BundleWriter(tmp_path), np.random.default_rng(1)
-    wanted = [writer.blockwise(name, draw.normal(size=(16, 64))) for name in "ab"]
-    writer.close()
-    one, other = (Tiles(WeightFile(tmp_path).packed(name)) for name in "ab")
-
-    for tiles, weight in ((one, wanted[0]), (other, wanted[1]), (one, wanted[0])):
-        np.testing.assert_array_equal(tiles.tile(0, torch.float32).T, weight)
-    one.rows(torch.tensor([3]), torch.float32)
-    np.testing.assert_array_equal(one.tile(0, torch.float32).T, wanted[0])
-    SHARED.take((16,), torch.float32).zero_()
-    np.testing.assert_array_equal(one.tile(0, torch.float32).T, wanted[0])
-
-
-def test_the_layers_of_a_decoder_layer_share_tiles_as_far_as_one_reaches(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path
-) -> None:
-    def shared() -> list[list[str]]:
-        groups: dict[int, list[str]] = {}
-        for name, layer in load_slm(bundle, packed=True).model.layers[1].named_modules():
-            if isinstance(layer, Int4Linear):
-                groups.setdefault(id(layer.tiles), []).append(name.rpartition(".")[2][:-5])
-        return sorted(groups.values())
-
-    assert shared() == [["down"], ["k", "v", "o", "gate", "up"], ["q"]]  # q has zero points
-    monkeypatch.setattr("compression.int4_torch.TILE_WEIGHTS", 6000)
-    assert shared() == [["down"], ["gate"], ["k", "v", "o"], ["q"], ["up"]]
 
 
 @pytest.mark.parametrize("made_from", [torch.bfloat16, torch.float16, torch.float32])

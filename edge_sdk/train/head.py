@@ -94,8 +94,8 @@ class _LogProbs(torch.autograd.Function):
 def _pieces(head: nn.Linear, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
     # Each (hidden, words), with the number of its first word; to be used before the next.
     if isinstance(head, Int4Linear):
-        for start, _, piece in head.tiles.parts(head.outputs, dtype):
-            yield start, piece
+        for i in range(head.tiles.count):
+            yield head.tiles.span(i)[0], head.tiles.tile(i, dtype)
         return
     step = max(1, TILE_WEIGHTS // head.in_features)
     for start in range(0, head.out_features, step):
@@ -104,7 +104,7 @@ def _pieces(head: nn.Linear, dtype: torch.dtype) -> Iterator[tuple[int, torch.Te
 
 def _rows(head: nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
     if isinstance(head, Int4Linear):
-        return head.tiles.rows(tokens + head.outputs[0], head.dtype).float()
+        return head.tiles.rows(tokens, head.dtype).float()
     return head.weight[tokens].float()
 
 
