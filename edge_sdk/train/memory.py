@@ -38,7 +38,7 @@ FACTOR_BYTES = 20
 SCRATCH_BYTES = TILE_WEIGHTS * (1 + 4 + 4)
 """One tile in 8 bits, in 32, and in the dtype of training."""
 
-UNPACK_TOKENS = 11
+UNPACK_TOKENS = 18
 """Dequantizing a matrix once takes as long as training on so many tokens with it."""
 
 PART_TOKENS = 8
