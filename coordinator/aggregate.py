@@ -5,9 +5,10 @@ messages or rounds; how much one contribution may count is decided in `robust.py
 
 Averaging A and B apart is wrong by (1/K) sum_k (B_k - mean B)(A_k - mean A) (PAPERS.md 9.4), so
 the products are averaged. The new factors span the best rank-r approximation of the mean, written
-in the old gauge: A' spans the mean's right singular subspace, has the old A's singular values and
-lies as near to the old A as those two allow; B' is what makes B'A' exact. A device's error-feedback
-residue, kept in factor space, so stays meaningful, and A keeps the size its optimizer is set for.
+in the gauge of the mean A: A' spans the mean's right singular subspace, has the mean A's singular
+values and lies as near to it as those two allow; B' is what makes B'A' exact. A device's
+error-feedback residue, kept in factor space, so stays meaningful, and A has the size that training
+gave it. (Beside the old A it learned less at any rate: `examples/bench_gauge.py`.)
 (A's plain projection does not: it loses size where the mean has turned away from A, and B grows to
 make up for it. In three rounds B's entries went from 0.1 to 26 and training fell apart.)
 No dense (out, in) matrix is ever formed: products are handled as stacked thin factors.
@@ -114,7 +115,7 @@ def aggregate(
     lost = total = 0.0
     for slot in slots(current):
         left, right = _stack(slot, current, ordered, weights * kept)
-        A = current[slot + A_SUFFIX].astype(np.float64)
+        A = _mean_input(slot, current, ordered, weights * kept)
         B_new, A_new, gone, energy = refactor(left, right, A)
         factors[slot + A_SUFFIX] = A_new.astype(np.float32)
         factors[slot + B_SUFFIX] = B_new.astype(np.float32)
@@ -240,6 +241,17 @@ def _stack(
             put(-float(share), one.base)
     put(own if abs(own) > 1e-12 else 0.0, current)
     return np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
+
+
+def _mean_input(
+    slot: str, current: Factors, contributions: Sequence[Contribution], shares: F64
+) -> F64:
+    """The present A (r, in) and the contributions' changes of it, by their shares."""
+    mean: F64 = current[slot + A_SUFFIX].astype(np.float64)
+    for one, share in zip(contributions, shares, strict=True):
+        base = one.base or current
+        mean += share * (one.factors[slot + A_SUFFIX].astype(np.float64) - base[slot + A_SUFFIX])
+    return mean
 
 
 def _by_device(contributions: Sequence[Contribution], weights: F64) -> dict[str, float]:

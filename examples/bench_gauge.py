@@ -35,7 +35,7 @@ import torch
 
 from coordinator.aggregate import A_SUFFIX, B_SUFFIX, slots
 from examples.codec_bench import kinds
-from examples.codec_bench.fleet import CLIENTS, F32, Fleet, Local, Task
+from examples.codec_bench.fleet import CLIENTS, F32, Fleet, Task
 from examples.codec_bench.methods import METHODS, UNCOMPRESSED
 from examples.codec_bench.sessions import TAG_BYTES, Plan, flat
 from examples.codec_bench.ways import WAYS, Refactor, Thin, Trained
@@ -112,8 +112,8 @@ def measure(
     for round_ in range(rounds):
         old = fleet.adapter
         said = [
-            sender.send(client, round_, local)
-            for client, local in enumerate(fleet.local_updates(round_))
+            sender.send(client, round_, update)
+            for client, update in enumerate(fleet.local_updates(round_))
         ]
         held = trained.fixed | old
         brought = [trained.fixed | {n: old[n] + one[n] for n in old} for one in said]
@@ -153,11 +153,10 @@ class _Sender:
         self.cosines: list[float] = []
         self._owed = np.zeros((plan.clients, plan.size), np.float32)
 
-    def send(self, client: int, round_: int, local: Local) -> Factors:
+    def send(self, client: int, round_: int, update: Factors) -> Factors:
         """What the coordinator reads of an update."""
-        wanted = flat(local.update, self.plan) + self._owed[client]
-        hints = {"v": local.second_moment}
-        decoded, data = self.session.encode(client, round_, local.update, hints)
+        wanted = flat(update, self.plan) + self._owed[client]
+        decoded, data = self.session.encode(client, round_, update)
         read = flat(decoded, self.plan)
         if self.session.feedback:
             self._owed[client] = wanted - read

@@ -137,6 +137,20 @@ def test_a_mean_of_lower_rank_keeps_the_free_directions():
     assert np.linalg.matrix_rank(A_new) == R
 
 
+def test_the_input_factor_is_as_training_left_it_where_all_devices_span_one_space():
+    start = factors(0, dtype=np.float32, scale=0.1)
+    rng, A = np.random.default_rng(5), start[f"{SLOT}.lora_A"]
+    grown = [((1 + k / 4) * np.eye(R) + 0.05 * rng.normal(size=(R, R))) @ A for k in range(3)]
+    parts = [Contribution(n, factors(i, A=own, dtype=np.float32), 10 * (i + 1))
+             for i, (n, own) in enumerate(zip("abc", grown, strict=True))]  # fmt: skip
+
+    result = aggregate(start, parts, rule=Rule(examples=1e9, clip=1e9))
+
+    mean = sum(c.examples / 60 * c.factors[f"{SLOT}.lora_A"] for c in parts)
+    assert np.linalg.norm(mean) > 1.2 * np.linalg.norm(A)
+    np.testing.assert_allclose(result.factors[f"{SLOT}.lora_A"], mean, atol=1e-4)
+
+
 def test_nothing_learned_changes_nothing():
     start = factors(1, scale=0.0, dtype=np.float32)
 

@@ -16,8 +16,8 @@ from examples.codec_bench.ways import (
     Trained,
     balanced,
     balanced_turned_back,
-    in_our_gauge,
     in_the_means_gauge,
+    in_the_old_gauge,
 )
 
 SHAPES = {
@@ -25,7 +25,7 @@ SHAPES = {
     for i in range(2)
     for end, shape in (("lora_A", (4, 192)), ("lora_B", (128, 4)))
 }
-REFACTORS = (in_our_gauge, in_the_means_gauge, balanced, balanced_turned_back)
+REFACTORS = (in_the_old_gauge, in_the_means_gauge, balanced, balanced_turned_back)
 
 
 @pytest.fixture(autouse=True)
@@ -120,10 +120,10 @@ def test_balanced_factors_weigh_the_same_and_can_be_turned_back():
     assert np.abs(balanced(left, right, A, B)[0] - B).max() > 0.1
 
 
-def test_gauge_is_the_coordinators_way():
+def test_gauge_of_the_mean_is_the_coordinators_way():
     old, brought = factors(0), [factors(seed) for seed in range(1, 9)]
 
-    change = bench_gauge._refactored(in_our_gauge, old, brought)
+    change = bench_gauge._refactored(in_the_means_gauge, old, brought)
 
     sent = [Contribution(f"device-{i}", one, 100) for i, one in enumerate(brought)]
     for name, wanted in aggregate(old, sent).factors.items():

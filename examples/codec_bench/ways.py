@@ -4,9 +4,9 @@ Knows LoRA factors, how a mean of products is factored, and what is trained. Doe
 rounds or results (`bench_gauge.py`).
 
 The product B A is what the model feels; the pair (A, B) is what devices train, encode and owe.
-`factors` averages A and B apart, which keeps coordinates and gets the product wrong. `gauge` is
-the product's way: the mean of products, factored again beside the old A; `gauge of the mean` does
-that beside the mean A. `balanced` factors the same mean as U sqrt(S), sqrt(S) V^T, which turns
+`factors` averages A and B apart, which keeps coordinates and gets the product wrong. `gauge of the
+mean` is our way: the mean of products, factored again beside the mean A; `gauge` does that beside
+the old A. `balanced` factors the same mean as U sqrt(S), sqrt(S) V^T, which turns
 coordinates from round to round; `turned back` undoes the turn as far as a rotation can. `frozen A`
 trains and sends B alone, where the mean of B is exact.
 
@@ -33,15 +33,15 @@ Refactor = Callable[[F64, F64, F64, F64], Thin]
 _NO_ENERGY = 1e-12  # of a product's largest singular value
 
 
-def in_our_gauge(left: F64, right: F64, A: F64, B: F64) -> Thin:
-    """The product's way: as near to the old A as the mean's row space allows."""
+def in_the_old_gauge(left: F64, right: F64, A: F64, B: F64) -> Thin:
+    """As near to the old A as the mean's row space allows."""
     B_new, A_new, _, _ = refactor(left, right, A)
     return B_new, A_new
 
 
 def in_the_means_gauge(left: F64, right: F64, A: F64, B: F64) -> Thin:
-    """The same beside the mean of the clients' A, so that A may grow as they let it grow."""
-    return in_our_gauge(left, right, right.reshape(-1, *A.shape).mean(axis=0), B)
+    """Our way: beside the mean of the clients' A, which may grow as they let it grow."""
+    return in_the_old_gauge(left, right, right.reshape(-1, *A.shape).mean(axis=0), B)
 
 
 def balanced(left: F64, right: F64, A: F64, B: F64) -> Thin:
@@ -84,7 +84,7 @@ class Way:
 
 WAYS = {
     "factors": Way(),
-    "gauge": Way(in_our_gauge),
+    "gauge": Way(in_the_old_gauge),
     "gauge of the mean": Way(in_the_means_gauge),
     "balanced": Way(balanced),
     "balanced, turned back": Way(balanced_turned_back),
