@@ -172,7 +172,7 @@ def test_encoder_is_transformers_modernbert_for_each_client(tmp_path):
         torch.testing.assert_close(found[rows][kept_], wanted[kept_], atol=1e-4, rtol=1e-3)
 
 
-def test_clients_train_apart_by_adamw_and_bring_their_second_moment():
+def test_clients_train_apart_by_adamw():
     task = Bowl()
     fleet = Fleet(task, 3)
 
@@ -187,11 +187,8 @@ def test_clients_train_apart_by_adamw_and_bring_their_second_moment():
             (weights - wanted).square().mean().backward()
             optimizer.step()
         alone = weights.detach().numpy()
-        v = optimizer.state[weights]["exp_avg_sq"].numpy() / (1 - BETAS[1] ** 3)
-        together = np.concatenate([t.reshape(-1) for t in brought[client].update.values()])
-        second = np.concatenate([t.reshape(-1) for t in brought[client].second_moment.values()])
+        together = np.concatenate([t.reshape(-1) for t in brought[client].values()])
         np.testing.assert_allclose(together, alone, atol=1e-6)
-        np.testing.assert_allclose(second, v, rtol=1e-3, atol=1e-12)
 
 
 def test_batches_follow_from_seed_round_and_client_alone():
@@ -224,7 +221,7 @@ def test_a_method_with_a_knob_meets_its_budget(method):
         for round_ in range(3):
             for client in range(2):
                 update = noise(10 * round_ + client, 0.01)
-                decoded, data = session.encode(client, round_, update, {})
+                decoded, data = session.encode(client, round_, update)
                 sizes.append(len(data) + TAG_BYTES + session.codec_bytes / 40)
                 assert any(tensor.any() for tensor in decoded.values())
             session.end_round(decoded)
@@ -250,7 +247,7 @@ def test_feedback_says_later_what_a_code_left_out():
     said, brought = np.zeros(SIZE), np.zeros(SIZE)
     for round_ in range(60):
         update = noise(1, 0.1)
-        decoded, _ = session.encode(0, round_, update, {})
+        decoded, _ = session.encode(0, round_, update)
         said += np.concatenate([decoded[n].reshape(-1) for n in SHAPES])
         brought += np.concatenate([update[n].reshape(-1) for n in SHAPES])
 
@@ -260,7 +257,7 @@ def test_feedback_says_later_what_a_code_left_out():
 
 def test_a_learned_codecs_file_is_charged_to_every_device():
     session = Learned(plan_of(30))
-    session.encode(0, 0, noise(1), {})
+    session.encode(0, 0, noise(1))
     assert session.codec_bytes == 0
 
     session.end_round(noise(1))
@@ -279,8 +276,8 @@ def test_the_published_autoencoder_is_charged_its_rounds_and_its_network():
 
 def test_bytes_that_say_something_else_are_found(monkeypatch):
     class Liar(Whole):
-        def encode(self, client, round_, update, hints):
-            return update, super().encode(client, round_, update, hints)[1][:-4] + b"\0\0\0\0"
+        def encode(self, client, round_, update):
+            return update, super().encode(client, round_, update)[1][:-4] + b"\0\0\0\0"
 
     monkeypatch.setitem(METHODS, "liar", dataclasses.replace(METHODS["uncompressed"], make=Liar))
 

@@ -65,20 +65,6 @@ class Task(Protocol):
         """Mean loss on held-out data; leaves have K = 1."""
 
 
-@dataclass(frozen=True, slots=True)
-class Local:
-    """What one client brings home.
-
-    Attributes:
-        update: change of every tensor, float32.
-        second_moment: Adam's v after the last step, bias-corrected, float32, same shapes: the mean
-            square of each coordinate's gradient as the client saw it. It never travels.
-    """
-
-    update: dict[str, F32]
-    second_moment: dict[str, F32]
-
-
 class Fleet:
     """One run's state: the adapter that all clients start the next round from."""
 
@@ -101,7 +87,7 @@ class Fleet:
         """A copy of what every client starts the next round from."""
         return self._named(self._global.numpy().copy())
 
-    def local_updates(self, round_: int, ahead: F32 | None = None) -> list[Local]:
+    def local_updates(self, round_: int, ahead: F32 | None = None) -> list[dict[str, F32]]:
         """Train every client from the present adapter; nothing else changes.
 
         `ahead` (CLIENTS, size) is how far from it each starts; updates count from there.
@@ -120,8 +106,7 @@ class Fleet:
             flat.grad = torch.cat([g.reshape(CLIENTS, -1) for g in grads], dim=1).float()
             optimizer.step()
         change = (flat.detach() - start).numpy()
-        v = optimizer.state[flat]["exp_avg_sq"].numpy() / (1 - BETAS[1] ** s.steps)
-        return [Local(self._named(change[k]), self._named(v[k])) for k in range(CLIENTS)]
+        return [self._named(change[k]) for k in range(CLIENTS)]
 
     def apply(self, mean: Tensors) -> None:
         """Add the mean of the decoded updates to the adapter."""

@@ -8,9 +8,6 @@ error feedback needs a device's own decoding. The paper names no number of round
 rounds of eight clients, and steps that a processor can take in a benchmark.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from compression.baselines.resnet3 import PublishedAutoencoder
@@ -35,9 +32,7 @@ class Published:
         self._owed = [np.zeros(plan.size, np.float32) for _ in range(plan.clients)]
         self._rng = np.random.default_rng(plan.seed)
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         values = flat(update, self._plan)
         if round_ < RECORDED_ROUNDS:

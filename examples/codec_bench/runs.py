@@ -98,12 +98,10 @@ def measure(
     for round_ in range(rounds):
         total = np.zeros(plan.size)
         ahead = _ahead(owed, steps) if session.ahead else None
-        for client, local in enumerate(fleet.local_updates(round_, ahead)):
-            steps[client] = np.linalg.norm(flat(local.update, plan))
-            decoded = _send(
-                session, client, round_, (local.update, {"v": local.second_moment}), plan, meter
-            )
-            _compare(decoded, local.update, owed[client], plan, meter, feedback=session.feedback)
+        for client, update in enumerate(fleet.local_updates(round_, ahead)):
+            steps[client] = np.linalg.norm(flat(update, plan))
+            decoded = _send(session, client, round_, update, plan, meter)
+            _compare(decoded, update, owed[client], plan, meter, feedback=session.feedback)
             total += decoded
         mean = named((total / CLIENTS).astype(np.float32), plan)
         fleet.apply(mean)
@@ -136,14 +134,13 @@ def _send(
     session: Session,
     client: int,
     round_: int,
-    brought: tuple[dict[str, F32], dict[str, dict[str, F32]]],
+    update: dict[str, F32],
     plan: Plan,
     meter: _Meter,
 ) -> F32:
     """What the coordinator reads of a client's update (size,)."""
-    update, hints = brought
     start = time.thread_time()
-    promised, data = session.encode(client, round_, update, hints)
+    promised, data = session.encode(client, round_, update)
     meter.encoding.append(time.thread_time() - start)
     meter.sizes.append(len(data))
     decoded = flat(promised, plan)

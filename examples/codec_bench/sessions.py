@@ -66,14 +66,8 @@ class Session(Protocol):
     ahead: bool
     codec_bytes: int
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
-        """What the coordinator will read, and the bytes that say it, header included.
-
-        `hints["v"]` is the client's second moment (`Local.second_moment`): known to the client,
-        not to the coordinator.
-        """
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
+        """What the coordinator will read, and the bytes that say it, header included."""
 
     def decode(self, client: int, round_: int, data: bytes) -> Update:
         """The coordinator's reading of `data`: equal to what `encode` returned, bit for bit.
@@ -95,9 +89,7 @@ class Whole:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         return update, flat(update, self._plan).tobytes()
 
@@ -123,9 +115,7 @@ class Peer:
         self._plan, self._make, self.feedback = plan, make, feedback
         self._clients: dict[int, tuple[Baseline, F32, np.random.Generator]] = {}
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         values = flat(update, self._plan)
         if client not in self._clients:
@@ -159,9 +149,7 @@ class DeadZone:
         self.codec = Compressor.deadzone(layout)
         self._owed: dict[int, FeedbackState] = {}
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
         """As `Session.encode`."""
         state = self._owed.setdefault(client, FeedbackState())
         encoded = self.codec.encode(update, state, self.target())
@@ -206,11 +194,9 @@ class Learned(DeadZone):
         self._seen: list[Update] = []
         self._worth_it = True
 
-    def encode(
-        self, client: int, round_: int, update: Update, hints: Mapping[str, Any]
-    ) -> tuple[Update, bytes]:
+    def encode(self, client: int, round_: int, update: Update) -> tuple[Update, bytes]:
         """As `Session.encode`."""
-        decoded, data = super().encode(client, round_, update, hints)
+        decoded, data = super().encode(client, round_, update)
         if self.codec.basis is None:
             self._seen.append(decoded)
         return decoded, data
