@@ -75,7 +75,10 @@ def compensated(W: Tensor, C: Tensor, block: int) -> Rounded:
 
 
 def block_scales(W: Tensor, weight: Tensor, block: int) -> Tensor:
-    """The scale (out, blocks) of each block of W (out, in) that loses least by `weight` (in,)."""
+    """The scale (out, blocks) of each block of W (out, in) that loses least by `weight` (in,).
+
+    With eight bits of mantissa, so that who trains on the weights holds scales in two bytes.
+    """
     out, width = W.shape
     short = -width % block
     V = torch.nn.functional.pad(W, (0, short)).reshape(out, -1, block)
@@ -93,7 +96,7 @@ def block_scales(W: Tensor, weight: Tensor, block: int) -> Tensor:
             scale = torch.where(scale == 0, clip * largest / end, scale)
             loss = ((V - _on_grid(V, scale) * scale).square_() * D).sum(2, keepdim=True)
             best, least = torch.where(loss < least, scale, best), torch.minimum(loss, least)
-    return best[..., 0].contiguous()
+    return best[..., 0].bfloat16().float().contiguous()
 
 
 def lost(W: Tensor, kept: Tensor, C: Tensor) -> float:
