@@ -13,6 +13,8 @@ multiplies one row by another kernel than several (attention differs by 5e-7), a
 activations make up to a tenth of a logit of it. Where two tokens lie within that of each other,
 reading several at once may take the other one. With `steady` no pass reads fewer than two tokens;
 answers are then the same bit for bit whatever is guessed, and passes without a guess are slower.
+That takes a bundle exported with blocks of 32: with larger ones two rows, too, get another kernel
+than a third beside them.
 """
 
 import logging

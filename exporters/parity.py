@@ -41,8 +41,10 @@ ANSWER_FILE = "answer.onnx"
 ADAPTED_FILE = "answer_adapted.onnx"
 """The logits after each text's last token, with slots."""
 
-ROUNDING = 1e-4
-"""Relative difference between one row's products and the same row's among many."""
+ROUNDING = 0.02
+"""Relative difference of one row's logits from the same row's among many. With blocks above 32
+their products differ in the last bit (3e-7), which 8-bit activations may take to the next step
+(1e-2 in a layer of 96). A row of another text differs by about 1."""
 
 MAX_TOKENS = 128
 """Tokens per text: long enough to leave the first-token regime, short enough for the demo."""

@@ -81,13 +81,13 @@ TOKENIZER_FILES = (
 class SlmOptions:
     """How the graph is quantized and run.
 
-    `block`: weights that share one scale (None: WIDE_BLOCK, or NARROW_BLOCK for a model narrower
-    than WIDE). `embedding_bits`: 8 or 4 for the tied embedding and head;
-    small models lose most there, and 8 bits cost them little. `accuracy_level`: 4 multiplies with
-    8-bit activations (fast), 1 with 32-bit ones (exact). `threads`: intra-op threads written into
-    genai_config.json; a device may override them when it loads the model. `compensate`: round
-    weights for the least change of outputs on text that the model itself writes; False: each to
-    the nearest value, which is quicker.
+    `block`: weights that share one scale. None: WIDE_BLOCK, or NARROW_BLOCK for a model narrower
+    than WIDE and for one that does not pass its checks with WIDE_BLOCK. `embedding_bits`: 8 or 4
+    for the tied embedding and head; small models lose most there, and 8 bits cost them little.
+    `accuracy_level`: 4 multiplies with 8-bit activations (fast), 1 with 32-bit ones (exact).
+    `threads`: intra-op threads written into genai_config.json; a device may override them when it
+    loads the model. `compensate`: round weights for the least change of outputs on text that the
+    model itself writes; False: each to the nearest value, which is quicker.
     """
 
     block: int | None = None
@@ -124,22 +124,25 @@ def export_slm(
     model_dir, out, options = Path(model_dir), Path(out), options or SlmOptions()
     check_names(family, release)
     config = _read_config(model_dir)
-    if options.block is None:
-        narrow = int(config.get("hidden_size", WIDE)) < WIDE
-        options = replace(options, block=NARROW_BLOCK if narrow else WIDE_BLOCK)
     if labelled and task is None:
         raise ExportError(f"{len(labelled)} labelled texts came without their task; give task=")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; choose another or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        folder = Path(scratch) / "bundle"
-        _build(model_dir, folder, options)
-        slots = _finish_graph(model_dir, folder, options)
-        _copy_texts(model_dir, folder, options.threads)
-        parity = check_parity(folder, text_for_parity, limits=limits).figures()
-        if task is not None and labelled:
-            parity |= check_task(model_dir, folder, task, labelled).figures()
+        blocks = (options.block,) if options.block else _blocks(config)
+        for block in blocks:
+            folder = Path(scratch) / f"bundle-{block}"
+            slots = _make(model_dir, folder, replace(options, block=block))
+            try:
+                parity = check_parity(folder, text_for_parity, limits=limits).figures()
+                if task is not None and labelled:
+                    parity |= check_task(model_dir, folder, task, labelled).figures()
+                break
+            except ExportError as exc:
+                if block == blocks[-1]:
+                    raise
+                logger.info("blocks of %d are too large for this model: %s", block, exc)
         write_golden(folder)
         manifest = ReleaseManifest(
             family=family,
@@ -162,6 +165,19 @@ def export_slm(
         folder.rename(out)
     logger.info("exported %s %s: %d slots, %s", family, release, len(slots), parity)
     return manifest
+
+
+def _blocks(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sizes to try, the quickest first."""
+    narrow = int(config.get("hidden_size", WIDE)) < WIDE
+    return (NARROW_BLOCK,) if narrow else (WIDE_BLOCK, NARROW_BLOCK)
+
+
+def _make(model_dir: Path, folder: Path, options: SlmOptions) -> dict[str, tuple[int, int]]:
+    _build(model_dir, folder, options)
+    slots = _finish_graph(model_dir, folder, options)
+    _copy_texts(model_dir, folder, options.threads)
+    return slots
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

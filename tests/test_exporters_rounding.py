@@ -14,6 +14,7 @@ from compression.quantize import rtn
 from edge_sdk.errors import ExportError
 from exporters import calibration, rounding
 from exporters.calibration import written_by
+from exporters.parity import ParityLimits
 from exporters.rounding import Rounded, block_scales, compensated, lost
 from exporters.slm import SlmOptions, export_slm
 from tests.exporters_tiny import save_tiny
@@ -161,14 +162,31 @@ def test_blocks_are_larger_where_the_model_is_wide(tmp_path: Path, width: int, b
     options = SlmOptions(accuracy_level=1)
     export_slm(tmp_path / "hf", tmp_path / "out", family="t", release="r", options=options)
 
-    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False)
-    found = {
+    assert _blocks(tmp_path / "out") == {block}
+
+
+def test_a_model_that_does_not_agree_with_large_blocks_gets_smaller_ones(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "hf", hidden_size=256, num_hidden_layers=1)
+    between = ParityLimits(logit_error=0.033)  # 0.035 with blocks of 64, 0.031 with 32
+    options = SlmOptions(compensate=False)
+    names = {"family": "t", "release": "r"}
+
+    export_slm(tmp_path / "hf", tmp_path / "out", options=options, limits=between, **names)
+
+    assert _blocks(tmp_path / "out") == {32}
+    large = SlmOptions(compensate=False, block=64)
+    with pytest.raises(ExportError, match="disagrees with torch"):
+        export_slm(tmp_path / "hf", tmp_path / "no", options=large, limits=between, **names)
+
+
+def _blocks(bundle: Path) -> set[int]:
+    graph = onnx.load(str(bundle / "model.onnx"), load_external_data=False)
+    return {
         attribute.i
         for node in graph.graph.node
         for attribute in node.attribute
         if node.op_type == "MatMulNBits" and attribute.name == "block_size"
     }
-    assert found == {block}
 
 
 def test_a_graph_of_other_weights_is_refused(bundles: Path, tmp_path: Path) -> None:

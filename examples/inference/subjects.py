@@ -64,12 +64,12 @@ def files(runtime: str, model: str, cache: Path, python: Path, *, block: int | N
     if runtime == "symbiont":
         return _made(
             out.with_name(f"{out.name}-{block or 'auto'}"),
-            lambda path: _bundle(source, path, block),
+            lambda path: _bundle(source, path, block, model == "llm"),
         )
     if runtime == "speculative":
         draft, whole = materialize("slm-a"), files("symbiont", model, cache, python, block=block)
         small = cache / f"{draft.name}-{whole.name}"
-        return Path(f"{whole},{_made(small, lambda path: _bundle(draft, path, block))}")
+        return Path(f"{whole},{_made(small, lambda path: _bundle(draft, path, block, True))}")
     if runtime == "genai":
         return _made(out, lambda path: _plain_genai(source, path))
     if runtime == "llama.cpp":
@@ -110,7 +110,7 @@ _EXPORT = (
 def _version(runtime: str) -> str:
     """A new converter makes new files."""
     if runtime in ("symbiont", "speculative"):
-        parts = ("slm.py", "last_row.py", "lora_inputs.py", "weights_index.py")
+        parts: tuple[str, ...] = ("slm.py", "last_row.py", "lora_inputs.py", "weights_index.py")
         parts += ("rounding.py", "calibration.py")
         text = b"".join((_HERE.parents[1] / "exporters" / part).read_bytes() for part in parts)
         return hashlib.sha256(text).hexdigest()[:12]
@@ -129,12 +129,16 @@ def _made(out: Path, make: Callable[[Path], None]) -> Path:
     return out
 
 
-def _bundle(source: Path, out: Path, block: int | None) -> None:
+def _bundle(source: Path, out: Path, block: int | None, trained: bool) -> None:
     from edge_sdk.errors import ExportError
+    from exporters.parity import ParityLimits
     from exporters.slm import SlmOptions, export_slm
 
+    # Random weights have no favourite token, and how they are rounded changes no time.
+    limits = None if trained else ParityLimits(greedy_agreement=0.8)
+    options = SlmOptions(block=block, compensate=trained)
     try:
-        export_slm(source, out, family="bench", release="base", options=SlmOptions(block=block))
+        export_slm(source, out, family="bench", release="base", options=options, limits=limits)
     except ExportError as exc:
         raise SubjectError(str(exc)) from exc
 
