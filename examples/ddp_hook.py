@@ -6,8 +6,8 @@ Expected output, after about ten seconds:
     rank 0: loss 2.33 -> 0.01, 50 times fewer bytes
 """
 
-import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,9 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from compression.ddp import CodedGradients, coded_allreduce
 
 
-def work(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank: int, meeting: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 10))
@@ -44,4 +43,4 @@ def work(rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    mp.spawn(work, args=(29_000 + os.getpid() % 1000,), nprocs=2)
+    mp.spawn(work, args=(tempfile.mkdtemp() + "/meeting",), nprocs=2)

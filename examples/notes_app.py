@@ -3,8 +3,8 @@
 python -m examples.notes_app          # from a clone; the first run exports a small model
 
 health   No fever, no pain.
-shopping We have no eggs
-travel   The hotel is close to it.
+shopping Buy bread and cheese, and look for apples at the market.
+travel   Seat 61, train at seven
 'my bus ticket' -> Seat 61, train at seven. Anna waits at the station. The hotel is close to it.
 """
 
@@ -28,7 +28,7 @@ Seat 61, train at seven. Anna waits at the station. The hotel is close to it."""
 
 if __name__ == "__main__":
     rng, path = random.Random(1), Path(tempfile.mkdtemp()) / "notes.onnx_adapter"
-    told = [Example(" ".join(rng.sample(WORDS[k].split(), 3)), k) for k in 25 * list(WORDS)]
+    told = [Example(" ".join(rng.sample(WORDS[k].split(), 4)), k) for k in 25 * list(WORDS)]
     with SlmSession(ready("slm-a"), task=TASK) as session:
         session.set_adapter(learn(session.folder, TASK, told, path))
         kinds = session.label_probabilities  # texts -> (texts, labels)

@@ -62,7 +62,7 @@ def learn(bundle: Path, task: TextTask, examples: Sequence[Example], path: Path)
     adapter = lora.Adapter(load_slm(bundle, dtype=torch.float32), spec)
     reader = text_task.TaskReader.from_folder(task, bundle)
     pairs = [(example.text, example.label) for example in examples]
-    found = trainer.train_adapter(adapter, reader, pairs, steps=30, batch=8, lr=0.01, seed=1)
+    found = trainer.train_adapter(adapter, reader, pairs, steps=60, batch=8, lr=0.01, seed=1)
     slots = read_manifest(bundle).adapter_slots
     write_adapter(found.factors, rank=RANK, alpha=ALPHA, slots=slots, path=path)
     return path

@@ -125,6 +125,7 @@ def test_the_example_runs_as_it_says() -> None:
         [sys.executable, "examples/ddp_hook.py"], cwd=ROOT, capture_output=True, text=True,
         timeout=120, check=True,
     )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     found = re.search(r"loss 2\.33 -> (0\.\d\d), (\d+) times fewer bytes", done.stdout)
     assert found is not None, done.stdout
     assert float(found[1]) < 0.1

@@ -23,7 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = releases(tmp_path_factory.mktemp("adapters")).folder / "targets" / "tiny"
     slots = decode_manifest((folder / "r1" / MANIFEST_FILE).read_bytes()).adapter_slots
     for seed, name in ((1, "one"), (2, "two")):
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed + 30)
         factors = {}
         for slot, (out_features, in_features) in slots.items():
             factors[f"{slot}.lora_A"] = rng.normal(size=(seed, in_features)).astype(np.float32)

@@ -18,8 +18,8 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny(tmp_path / "tiny", max_position_embeddings=512)
     monkeypatch.setattr(subjects, "materialize", lambda name: folder)
 
-    def exact(source: Path, out: Path, block: int) -> None:  # random weights need 32 bits
-        options = SlmOptions(block=block, accuracy_level=1)
+    def exact(source: Path, out: Path, block: int | None, _: bool) -> None:
+        options = SlmOptions(block=block, accuracy_level=1)  # random weights need 32 bits
         export_slm(source, out, family="t", release="r", options=options)
 
     monkeypatch.setattr(subjects, "_bundle", exact)
