@@ -14,7 +14,7 @@ Beside v and what is returned, one array of v's size and one of half its bytes a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,7 @@ from compression.moving import MovingBasis
 from compression.transforms import (
     F16,
     EncoderSession,
+    Group,
     Plain,
     length,
     pieces,
@@ -83,7 +84,7 @@ class Coder:
         rms = tuple(_rms(e / n) for e, n in zip(energy, sizes, strict=True))  # step 2
         flat, units = latents.reshape(-1), _units(rms, way)
         counts = [
-            quantizer.histogram((flat[piece] for piece in pieces(group)), unit)
+            quantizer.histogram(_values(flat, group), unit)
             for group, unit in zip(way.classes, units, strict=True)
         ]
         lengths = [length(group) for group in way.classes]
@@ -106,9 +107,7 @@ class Coder:
     def _quantized(self, plan: "_Plan", step: float) -> tuple[Header, bytes, Symbols]:
         way, step = self._ways[plan.method], float(np.float16(step))
         classes = [
-            quantizer.quantize(
-                (plan.flat[piece] for piece in pieces(group)), length(group), step, unit
-            )
+            quantizer.quantize(_values(plan.flat, group), length(group), step, unit)
             for group, unit in zip(way.classes, _units(plan.rms, way), strict=True)
         ]  # step 3
         top, models = max(1, *(c.top for c in classes)), [c.model for c in classes]
@@ -177,6 +176,10 @@ class _Plan:
 
     def step_for(self, size: float) -> float:
         return self.spectrum.step_for(8.0 * max(size - self.overhead, 0.0))
+
+
+def _values(flat: F32, group: Group) -> Iterator[F32]:
+    return (flat[piece] for piece in pieces(group))
 
 
 def _units(rms: Sequence[float], way: Plain) -> list[float]:

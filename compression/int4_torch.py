@@ -4,7 +4,7 @@ Knows torch, transformers' model classes and `WeightFile`. Does not know LoRA, t
 
 Two ways to hold the same numbers: dequantized once ("dense", fast, 16 or 32 bits a weight), or
 packed and dequantized for each use (`int4_layers`: 4.5 bits a weight with a 16-bit scale, and for
-training a sixth slower). Both give the same gradients. Which of them a device takes is decided by
+training a quarter slower). Both give the same gradients. Which of them a device takes is decided by
 `edge_sdk.train.memory`.
 """
 

@@ -19,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import csv
 import dataclasses
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,10 +38,12 @@ from coordinator.aggregate import A_SUFFIX, B_SUFFIX, slots
 from examples.codec_bench import kinds
 from examples.codec_bench.fleet import CLIENTS, F32, Fleet, Task
 from examples.codec_bench.methods import METHODS, UNCOMPRESSED
-from examples.codec_bench.sessions import TAG_BYTES, Plan, flat
+from examples.codec_bench.runs import Uplink
+from examples.codec_bench.sessions import TAG_BYTES, Plan, flat, named
 from examples.codec_bench.ways import WAYS, Refactor, Thin, Trained
 from examples.data.corpus import CorpusError
 from examples.models import ModelError
+from examples.result_files import replace_text
 
 T = TypeVar("T")
 Factors = Mapping[str, F32]
@@ -107,12 +110,13 @@ def measure(
     whole = sum(int(np.prod(shape)) for shape in task.shapes.values())  # coordinates of A and B
     trained = Trained(task, way, seed, steps)
     fleet = Fleet(trained, seed)
-    sender = _Sender(Plan(trained.shapes, asked * fleet.size / whole, rounds, CLIENTS, seed), codec)
+    plan = Plan(trained.shapes, asked * fleet.size / whole, rounds, CLIENTS, seed)
+    uplink = Uplink(plan, METHODS[codec].make(plan))
     before, moves, offs = fleet.held_out_loss(), [], []
     for round_ in range(rounds):
         old = fleet.adapter
         said = [
-            sender.send(client, round_, update)
+            named(uplink.send(client, round_, update), plan)
             for client, update in enumerate(fleet.local_updates(round_))
         ]
         held = trained.fixed | old
@@ -120,11 +124,11 @@ def measure(
         average = {n: np.mean([one[n] for one in said], axis=0) for n in old}
         change = average if way.refactor is None else _refactored(way.refactor, held, brought)
         fleet.apply(change)
-        sender.session.end_round(change)
+        uplink.session.end_round(change)
         new = trained.fixed | fleet.adapter
-        moves.append((flat(change, sender.plan), products([(1.0, new), (-1.0, held)])))
+        moves.append((flat(change, plan), products([(1.0, new), (-1.0, held)])))
         offs.append(_off(new, brought, held))
-    size = mean(sender.sizes) + TAG_BYTES
+    size = mean(uplink.sizes) + TAG_BYTES
     return Row(
         seed=seed,
         way=name,
@@ -136,33 +140,12 @@ def measure(
         bytes=size,
         before=before,
         after=fleet.held_out_loss(),
-        cosine=mean(sender.cosines),
+        cosine=mean(uplink.cosines),
         coordinates=_consecutive([x for x, _ in moves], lambda x, y: float(x @ y)),
         product=_consecutive([x for _, x in moves], inner),
         off=mean(offs),
         core_s=time.process_time() - began,
     )
-
-
-class _Sender:
-    """Every client's codec, what it owes, and how well it was understood."""
-
-    def __init__(self, plan: Plan, codec: str) -> None:
-        self.plan, self.session = plan, METHODS[codec].make(plan)
-        self.sizes: list[int] = []
-        self.cosines: list[float] = []
-        self._owed = np.zeros((plan.clients, plan.size), np.float32)
-
-    def send(self, client: int, round_: int, update: Factors) -> Factors:
-        """What the coordinator reads of an update."""
-        wanted = flat(update, self.plan) + self._owed[client]
-        decoded, data = self.session.encode(client, round_, update)
-        read = flat(decoded, self.plan)
-        if self.session.feedback:
-            self._owed[client] = wanted - read
-        self.sizes.append(len(data))
-        self.cosines.append(_cosine(wanted @ read, wanted @ wanted, read @ read))
-        return decoded
 
 
 def _refactored(refactor: Refactor, old: Factors, brought: Sequence[Factors]) -> Factors:
@@ -248,14 +231,13 @@ def load(path: Path) -> list[Row]:
 def save(path: Path, rows: Sequence[Row]) -> None:
     """Write all rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in sorted(rows, key=lambda row: row.unit):
-            values = [*dataclasses.astuple(row), *kept(row, rows)]
-            writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
-    draft.replace(path)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in sorted(rows, key=lambda row: row.unit):
+        values = [*dataclasses.astuple(row), *kept(row, rows)]
+        writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in values])
+    replace_text(path, text.getvalue())
 
 
 HEAD = (

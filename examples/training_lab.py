@@ -151,14 +151,10 @@ def _ours(
             yield -found.mean() * (len(part) / rows)
 
     course = optimize(adapter, parts, steps=10_000, lr=LR)
-
-    def step() -> float:
-        return next(course)
-
     needs = needs_of(folder, SPEC, tokens=tokens, dtype=dtype)
     predicted = peak_mb(needs, way, rows=rows, answers=0)  # no token's logits are held
     held = held_bytes(folder, packed=way.packed, dtype=dtype)
-    return step, {"weights_mb": held / 2**20, "predicted_mb": predicted}
+    return course.__next__, {"weights_mb": held / 2**20, "predicted_mb": predicted}
 
 
 def _peft(model: Any, ids: torch.Tensor) -> Step:

@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_file(bench, capsys, monkeypatch):
         path.write_text(text)
 
     with monkeypatch.context() as patched:
-        patched.setattr("examples.learning.results._replace", cut)
+        patched.setattr("examples.learning.results.replace_text", cut)
         with pytest.raises(KeyboardInterrupt):
             bench(*part)
     assert len(json.loads(out.with_suffix(".json").read_text())["units"]) == 2

@@ -13,11 +13,12 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from examples.result_files import replace_text
 
 COLUMNS = (
     "work", "seed", "method", "ratio", "bytes", "progress_kept", "cosine", "nmse",
@@ -116,20 +117,11 @@ class Results:
             row = self.rows[unit]
             writer.writerow([*unit[:3], *(f"{number:.6g}" for number in row.numbers)])
             entries.append({"asked": unit[3], "fingerprint": row.fingerprint, **row.facts})
-        _replace(self.path, text.getvalue())
-        _replace(self.side, json.dumps({**self.facts, "rows": entries}, indent=1) + "\n")
+        replace_text(self.path, text.getvalue())
+        replace_text(self.side, json.dumps({**self.facts, "rows": entries}, indent=1) + "\n")
 
 
 def fingerprint_of(settings: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits of these settings."""
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

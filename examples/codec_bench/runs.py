@@ -7,16 +7,15 @@ what the device said it would.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 
 from compression.feedback import share_ahead
 from examples.codec_bench.fleet import CLIENTS, F32, Fleet, Task
 from examples.codec_bench.methods import METHODS
-from examples.codec_bench.sessions import TAG_BYTES, Plan, Session, flat, named
+from examples.codec_bench.sessions import TAG_BYTES, Plan, Session, Update, flat, named
 
 EVERY = 5
 """Rounds between two looks at the held-out loss."""
@@ -66,13 +65,65 @@ class Measured:
         return self.losses[0][1] - self.losses[-1][1]
 
 
-@dataclass
-class _Meter:
-    sizes: list[int] = field(default_factory=list)
-    cosines: list[float] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
-    encoding: list[float] = field(default_factory=list)
-    decoding: list[float] = field(default_factory=list)
+class Uplink:
+    """Every client's way to the coordinator: its codec, what it owes, how well it was understood.
+
+    Attributes:
+        sizes: bytes of every code; cosines, errors: of what was decoded against update + what was
+            owed; encoding, decoding: processor seconds.
+    """
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        self.plan, self.session = plan, session
+        self.sizes: list[int] = []
+        self.cosines: list[float] = []
+        self.errors: list[float] = []
+        self.encoding: list[float] = []
+        self.decoding: list[float] = []
+        self._owed = np.zeros((plan.clients, plan.size), np.float32)
+        self._steps = np.zeros(plan.clients)
+
+    def ahead(self) -> F32 | None:
+        """How far ahead of the common adapter each client starts, (clients, size); None: not."""
+        if not self.session.ahead:
+            return None
+        debts = np.linalg.norm(self._owed, axis=1)
+        pairs = zip(debts, self._steps, strict=True)
+        shares = [share_ahead(float(debt), step) for debt, step in pairs]
+        return np.asarray(np.float32(shares)[:, None] * self._owed)
+
+    def send(self, client: int, round_: int, update: Update) -> F32:
+        """What the coordinator reads of a client's update (size,).
+
+        Raises:
+            MethodError: decoding gives something else than encoding promised.
+        """
+        start = time.thread_time()
+        promised, data = self.session.encode(client, round_, update)
+        self.encoding.append(time.thread_time() - start)
+        self.sizes.append(len(data))
+        decoded = flat(promised, self.plan)
+        if client == round_ % self.plan.clients:
+            start = time.thread_time()
+            read = self.session.decode(client, round_, data)
+            self.decoding.append(time.thread_time() - start)
+            if not np.array_equal(decoded, flat(read, self.plan)):
+                raise MethodError(
+                    f"client {client}, round {round_}: the bytes decode to something else"
+                )
+        self._compare(client, flat(update, self.plan), decoded)
+        return decoded
+
+    def _compare(self, client: int, update: F32, decoded: F32) -> None:
+        self._steps[client] = np.linalg.norm(update)
+        wanted = update + self._owed[client]
+        energy = float(wanted @ wanted)
+        size = np.sqrt(energy * float(decoded @ decoded))
+        error = wanted - decoded
+        self.cosines.append(float(wanted @ decoded) / size if size > 0 else 0.0)
+        self.errors.append(float(error @ error) / energy if energy > 0 else 0.0)
+        if self.session.feedback:
+            self._owed[client] = error
 
 
 def measure(
@@ -92,20 +143,15 @@ def measure(
     began = time.process_time()
     fleet = Fleet(task, seed)
     plan = Plan(task.shapes, ratio, rounds, CLIENTS, seed)
-    session = METHODS[method].make(plan)
-    owed, steps = np.zeros((CLIENTS, plan.size), np.float32), np.zeros(CLIENTS)
-    meter, losses = _Meter(), [(0, fleet.held_out_loss())]
+    uplink = Uplink(plan, METHODS[method].make(plan))
+    losses = [(0, fleet.held_out_loss())]
     for round_ in range(rounds):
         total = np.zeros(plan.size)
-        ahead = _ahead(owed, steps) if session.ahead else None
-        for client, update in enumerate(fleet.local_updates(round_, ahead)):
-            steps[client] = np.linalg.norm(flat(update, plan))
-            decoded = _send(session, client, round_, update, plan, meter)
-            _compare(decoded, update, owed[client], plan, meter, feedback=session.feedback)
-            total += decoded
+        for client, update in enumerate(fleet.local_updates(round_, uplink.ahead())):
+            total += uplink.send(client, round_, update)
         mean = named((total / CLIENTS).astype(np.float32), plan)
         fleet.apply(mean)
-        session.end_round(mean)
+        uplink.session.end_round(mean)
         if (round_ + 1) % EVERY == 0 or round_ + 1 == rounds:
             losses.append((round_ + 1, fleet.held_out_loss()))
             told(*losses[-1])
@@ -113,60 +159,14 @@ def measure(
         losses=tuple(losses),
         size=plan.size,
         rounds=rounds,
-        code_bytes=float(np.mean(meter.sizes)) + TAG_BYTES,
-        codec_bytes=session.codec_bytes,
-        cosine=float(np.mean(meter.cosines)),
-        nmse=float(np.mean(meter.errors)),
-        encode_ms=1e3 * median(meter.encoding),
-        decode_ms=1e3 * median(meter.decoding),
+        code_bytes=float(np.mean(uplink.sizes)) + TAG_BYTES,
+        codec_bytes=uplink.session.codec_bytes,
+        cosine=float(np.mean(uplink.cosines)),
+        nmse=float(np.mean(uplink.errors)),
+        encode_ms=1e3 * median(uplink.encoding),
+        decode_ms=1e3 * median(uplink.decoding),
         seconds=time.process_time() - began,
     )
-
-
-def _ahead(owed: F32, steps: npt.NDArray[np.float64]) -> F32:
-    """How far ahead of the common adapter each client starts, (CLIENTS, size)."""
-    debts = np.linalg.norm(owed, axis=1)
-    shares = [share_ahead(float(debt), step) for debt, step in zip(debts, steps, strict=True)]
-    return np.asarray(np.float32(shares)[:, None] * owed)
-
-
-def _send(
-    session: Session,
-    client: int,
-    round_: int,
-    update: dict[str, F32],
-    plan: Plan,
-    meter: _Meter,
-) -> F32:
-    """What the coordinator reads of a client's update (size,)."""
-    start = time.thread_time()
-    promised, data = session.encode(client, round_, update)
-    meter.encoding.append(time.thread_time() - start)
-    meter.sizes.append(len(data))
-    decoded = flat(promised, plan)
-    if client == round_ % CLIENTS:
-        start = time.thread_time()
-        read = session.decode(client, round_, data)
-        meter.decoding.append(time.thread_time() - start)
-        if not np.array_equal(decoded, flat(read, plan)):
-            raise MethodError(
-                f"client {client}, round {round_}: the bytes decode to something else"
-            )
-    return decoded
-
-
-def _compare(
-    decoded: F32, update: dict[str, F32], owed: F32, plan: Plan, meter: _Meter, *, feedback: bool
-) -> None:
-    """Cosine and squared error against what should have been said; keep what was not."""
-    wanted = flat(update, plan) + owed
-    energy = float(wanted @ wanted)
-    size = np.sqrt(energy * float(decoded @ decoded))
-    error = wanted - decoded
-    meter.cosines.append(float(wanted @ decoded) / size if size > 0 else 0.0)
-    meter.errors.append(float(error @ error) / energy if energy > 0 else 0.0)
-    if feedback:
-        owed[:] = error
 
 
 def kept(measured: Measured, reference: Sequence[tuple[int, float]]) -> float:

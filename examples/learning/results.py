@@ -12,11 +12,12 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from examples.result_files import replace_text
 
 COLUMNS = ("program", "task", "setting", "ablation", "seed", "model", "role", "metric", "value")
 
@@ -115,7 +116,7 @@ class Results:
         writer.writerow(COLUMNS)
         for unit in sorted(self.rows):
             writer.writerows(row.cells() for row in self.rows[unit])
-        _replace(self.path, text.getvalue())
+        replace_text(self.path, text.getvalue())
         units = [
             {"unit": list(unit), "core_s": round(self.seconds[unit], 2)}
             for unit in sorted(self.rows)
@@ -126,7 +127,7 @@ class Results:
             **self.facts,
             "units": units,
         }
-        _replace(self.side, json.dumps(side, indent=1, sort_keys=True) + "\n")
+        replace_text(self.side, json.dumps(side, indent=1, sort_keys=True) + "\n")
 
 
 def unit_of(cells: Iterable[Any]) -> Unit:
@@ -149,12 +150,3 @@ def _json(value: Any) -> str:
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     names = [name for name in sorted({*old, *new}) if _json(old.get(name)) != _json(new.get(name))]
     return f"it differs in {', '.join(names)}"
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
