@@ -65,8 +65,8 @@ def test_it_gives_the_gradients_of_torchs_own(
     net = MODELS[kind]().eval()
     mask = (ROWS > 0).long() if masked else None
     taken = []
-    plain = attention._plain
-    monkeypatch.setattr(attention, "_plain", lambda *a: taken.append(1) or plain(*a))
+    plain = attention.plain
+    monkeypatch.setattr(attention, "plain", lambda *a: taken.append(1) or plain(*a))
     wanted = gradients(net, mask)
 
     attention.use(net)

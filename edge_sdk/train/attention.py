@@ -64,17 +64,17 @@ def attend(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     bias = None
     if attention_mask is not None:
-        hidden = ~attention_mask
-        bias = torch.zeros_like(hidden, dtype=query.dtype).masked_fill_(hidden, _never(query.dtype))
+        bias = bias_of(attention_mask, query.dtype)
     elif causal:
-        bias = _past(query.shape[2], query.dtype, query.device)
+        bias = past(query.shape[2], query.dtype, query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _plain(query * scale, key, value, bias).transpose(1, 2), None
+    return plain(query * scale, key, value, bias).transpose(1, 2), None
 
 
-def _plain(
+def plain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
+    """Attention (B, H, T, D) of scaled queries; `bias` broadcasts over the scores (B, H, T, T)."""
     batch, heads, width, size = query.shape
     shared = batch * key.shape[1]
     rows = query.reshape(shared, -1, size)  # (B K, H/K T, D)
@@ -86,13 +86,20 @@ def _plain(
     return seen.view(batch, heads, width, -1)
 
 
+def bias_of(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The bias of a boolean mask, True where a query sees a key."""
+    hidden = ~seen
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, _never(dtype))
+
+
 def _never(dtype: torch.dtype) -> float:
     # Finite, so that a row which may see nothing gives numbers; half, so that a score fits on top.
     return torch.finfo(dtype).min / 2
 
 
 @functools.lru_cache(maxsize=64)
-def _past(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def past(width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The bias (width, width) with which every token sees itself and those before it."""
     return torch.full((width, width), _never(dtype), dtype=dtype, device=device).triu(1)
 
 

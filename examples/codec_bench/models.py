@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from edge_sdk.train import attention
+
 Leaves = Mapping[str, torch.Tensor]
 """Trainable tensors by name, each (K, *shape): one for every client."""
 
@@ -131,15 +133,13 @@ class Decoder(Frozen):
         q, k, v = (self.by_heads(self.linear(x, f"{at}self_attn.{n}_proj", leaves)) for n in "qkv")
         q = self.rotated(self._norm(q, f"{at}self_attn.q_norm").transpose(1, 2))
         k = self.rotated(self._norm(k, f"{at}self_attn.k_norm").transpose(1, 2))
-        seen = _attended(q, k, v.transpose(1, 2), self._causal(h.shape[1]))
+        bias = attention.past(h.shape[1], h.dtype, h.device)
+        seen = attention.plain(q * q.shape[-1] ** -0.5, k, v.transpose(1, 2), bias)
         h = h + self.linear(seen.transpose(1, 2).reshape(h.shape), f"{at}self_attn.o_proj", leaves)
         x = self._norm(h, f"{at}post_attention_layernorm")
         gate = functional.silu(self.linear(x, f"{at}mlp.gate_proj", leaves))
         up = self.linear(x, f"{at}mlp.up_proj", leaves)
         return h + self.linear(gate * up, f"{at}mlp.down_proj", leaves)
-
-    def _causal(self, tokens: int) -> torch.Tensor:
-        return torch.ones(tokens, tokens, dtype=torch.bool).tril()
 
     def token_losses(
         self, h: torch.Tensor, targets: torch.Tensor, leaves: Leaves | None
@@ -181,7 +181,8 @@ class Encoder(Frozen):
         x = self._norm(h, f"{at}attn_norm") if index else h
         parts = self.linear(x, f"{at}attn.Wqkv", leaves).chunk(3, dim=-1)
         q, k, v = (self.by_heads(part).transpose(1, 2) for part in parts)
-        seen = _attended(self.rotated(q), self.rotated(k), v, mask[:, None, None, :])
+        q, bias = self.rotated(q), attention.bias_of(mask[:, None, None, :], h.dtype)
+        seen = attention.plain(q * q.shape[-1] ** -0.5, self.rotated(k), v, bias)
         h = h + self.linear(seen.transpose(1, 2).reshape(h.shape), f"{at}attn.Wo", leaves)
         x = self._norm(h, f"{at}mlp_norm")
         into, gate = self.linear(x, f"{at}mlp.Wi", leaves).chunk(2, dim=-1)
@@ -197,17 +198,6 @@ class Encoder(Frozen):
         return functional.layer_norm(
             x, x.shape[-1:], self.weights[f"{name}.weight"], None, self.eps
         )
-
-
-def _attended(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor
-) -> torch.Tensor:
-    """Softmax attention (B, heads, T, d); `seen` is True where a query sees a key.
-
-    At thirty tokens torch's fused kernel takes five times as long for its gradient (measured).
-    """
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return torch.softmax(scores.masked_fill(~seen, float("-inf")), dim=-1) @ v
 
 
 CHUNK = 128
