@@ -62,12 +62,14 @@ class Quorum:
         """
         fresh, late = self._candidates(used)
         late = _once(fresh, late)
+        closed = self._closed()  # once for both questions below: a refusal may come at any moment
         # With need = everyone the round is synchronous: a late reply stands for nobody else's.
         pool = fresh if self.ask.need == len(self._rows) else fresh + late
         self._answered = frozenset(waiting.row.device for waiting, _ in pool)
-        if len(self._answered) >= max(1, min(self.ask.need, len(self._rows) - self._excused())):
+        excused = sum(state == "excused" for state in closed.values())
+        if len(self._answered) >= max(1, min(self.ask.need, len(self._rows) - excused)):
             return sorted(fresh + late, key=lambda pair: (pair[0].row.device, pair[0].letter))
-        if {waiting.row.device for waiting, _ in fresh} | self._lost() >= self._rows.keys():
+        if {waiting.row.device for waiting, _ in fresh} | closed.keys() >= self._rows.keys():
             raise QuorumMissed(
                 f"{self.found}: every device answered, the others refused; "
                 "retry, skip the step or ask others",
@@ -119,18 +121,15 @@ class Quorum:
         waiting.checked = True
         return True
 
-    def _excused(self) -> int:
-        found = [self._store.ask_of_task(row.task) for row in self._rows.values()]
-        return sum(row is not None and row.state == "excused" for row in found)
-
-    def _lost(self) -> set[str]:
-        """Devices whose task is no longer open, or that may not take part any more."""
-        lost = set()
+    def _closed(self) -> dict[str, str]:
+        """How each task ended that nobody need wait for: its state, or "gone" with its device."""
+        closed = {}
         for device, row in self._rows.items():
             now = self._store.ask_of_task(row.task)
-            if now is None or now.state != "open" or not self._fleet.is_active(device):
-                lost.add(device)
-        return lost
+            state = "gone" if now is None else now.state
+            if state != "open" or not self._fleet.is_active(device):
+                closed[device] = "gone" if state == "open" else state
+        return closed
 
 
 def _once(fresh: Taken, late: Taken) -> Taken:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import msgspec
 import pytest
@@ -10,7 +12,10 @@ from mkt_world import CFG, devices, home_of
 from mkt_world import World as MktWorld
 from test_coordinator_bad_answers import Fleet as Lessons
 
+from coordinator.inbox import Waiting
 from coordinator.programs import Ask, Commit, Program, Reply
+from coordinator.quorum import Quorum
+from coordinator.store import AskRow
 from edge_sdk.errors import QuorumMissed
 from edge_sdk.wire.messages import AnyMessage, ModelReport, Refused, TeachAdapter, TrainAdapter
 from tests.coordinator_world import FakeDevice, train, until, update
@@ -18,6 +23,7 @@ from tests.test_coordinator_runner import BOTH, World
 
 PATIENCE_S = 60.0
 """No test waits so long; a busy machine may."""
+ROWS = [(1, "a"), (2, "b")]
 
 
 @pytest.fixture
@@ -78,6 +84,29 @@ def test_a_device_that_may_not_send_is_excused_also_where_all_are_needed(world: 
     assert [[reply.device for reply in replies] for replies in got] == [["a"]]
     assert len(world.tasks("b", TrainAdapter)) == 1
     assert world.coordinator.told("quorum_missed") == []
+
+
+def test_an_excuse_that_comes_while_the_quorum_looks_is_not_a_missed_round() -> None:
+    """Its two questions, who is excused and who has closed, are about one moment."""
+    rows = {name: AskRow(n, "run", name, "TrainAdapter", name, "", 0, "open") for n, name in ROWS}
+
+    class Store:
+        found: ClassVar = dict(rows)
+
+        def ask_of_task(self, task: str) -> AskRow:
+            seen = self.found[task]
+            if task == "b":
+                self.found[task] = replace(seen, state="excused")
+            return seen
+
+    answer = Waiting(rows["a"], 1, update(train(0)), checked=True)
+    inbox = SimpleNamespace(waiting={1: answer})
+    fleet = SimpleNamespace(is_active=lambda _: True)
+    ask = Ask(train, BOTH, 2, PATIENCE_S)
+    quorum = Quorum(ask, rows, inbox, Store(), fleet)  # type: ignore[arg-type]
+
+    assert quorum.met(frozenset()) is None
+    assert quorum.met(frozenset()) == [(answer, 0)]
 
 
 def test_a_round_of_nobody_but_excused_devices_misses_its_quorum(world: World) -> None:

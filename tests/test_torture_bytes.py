@@ -28,7 +28,7 @@ SEED = 7
 
 def short(run: Run, folder: Path) -> Result:
     result = run(Scale.SHORT, SEED, folder)
-    assert result.passed, result
+    assert result.passed, str(result)
     return result
 
 

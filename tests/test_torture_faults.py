@@ -77,5 +77,5 @@ def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
 
 
 def held(result: Result) -> None:
-    assert result.passed, result
+    assert result.passed, str(result)
     assert (result.lost, result.doubled) == (0, 0)

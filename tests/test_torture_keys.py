@@ -16,4 +16,4 @@ from tests.torture.result import Scale
 def test_figure(module: str, tmp_path: Path) -> None:
     result = importlib.import_module(f"tests.torture.{module}").run(Scale.SHORT, 7, tmp_path)
 
-    assert result.passed, result
+    assert result.passed, str(result)

@@ -21,5 +21,5 @@ def test_the_short_form_passes(module: str, tmp_path: Path) -> None:
 
     result = run(Scale.SHORT, 7, tmp_path)
 
-    assert result.passed, result
+    assert result.passed, str(result)
     assert (result.lost, result.doubled) == (0, 0)

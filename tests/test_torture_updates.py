@@ -212,4 +212,4 @@ def test_a_device_counts_once_a_round_however_the_program_asks(world: World) -> 
 def test_poisoning_short(tmp_path: Path) -> None:
     result = b11_poisoning.run(Scale.SHORT, 7, tmp_path)
 
-    assert result.passed, result.notes
+    assert result.passed, str(result)
