@@ -138,7 +138,7 @@ def _status(arguments: argparse.Namespace) -> int:
                 for line in desk.registry().lineage()
                 if line["promoted"]
             },
-            "waiting_letters": len(desk.mailbox.pending()),
+            "waiting_letters": len(desk.mailbox.waiting()),
             "notes": [e for e in desk.store.events(last=200) if e["event"] == "note"][-5:],
             "traffic": _traffic(desk.store.events(last=2000)),
         }

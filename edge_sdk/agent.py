@@ -468,7 +468,7 @@ class EdgeDevice:
             "adapter": bool(current and current.adapter),
             "examples": len(self._examples),
             "held_out": len(own),
-            "waiting": len(self._mailbox.pending()),
+            "waiting": len(self._mailbox.waiting()),
             "parked": [f"{item.kind}: {item.parked}" for item in self._mailbox.parked()],
             "bytes_up": sum(courier.bytes_up.values()) if courier else 0,
             "bytes_down": sum(courier.bytes_down.values()) if courier else 0,

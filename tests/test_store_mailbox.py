@@ -109,6 +109,7 @@ def test_no_more_is_pending_than_the_peers_window_holds(mailbox):
 
     assert mailbox.pending("a") == streams[:WINDOW]
     assert mailbox.pending() == [*streams[:WINDOW], other]
+    assert mailbox.waiting() == [*streams, other]
     for stream in streams[1:WINDOW]:
         mailbox.mark_done(stream)
     assert mailbox.pending("a") == streams[:1]

@@ -133,6 +133,12 @@ class Outbox(Database):
             ).fetchall()
         return [stream for (stream,) in rows]
 
+    def waiting(self) -> list[bytes]:
+        """Return every stream that is neither done nor parked, oldest first: also later ones."""
+        with self.transaction() as db:
+            rows = db.execute("SELECT stream FROM outbox WHERE parked = '' ORDER BY rowid")
+            return [stream for (stream,) in rows]
+
     def mark_done(self, stream: bytes) -> bool:
         """Forget an item: its signed Done arrived. False when it was not there."""
         with self.transaction() as db:

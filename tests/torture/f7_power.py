@@ -229,7 +229,7 @@ def _open_device(path: Path) -> None:
         _check_pages(mailbox)
         for letter in mailbox.unread():
             decode(letter.message)
-        for stream in mailbox.pending():
+        for stream in mailbox.waiting():
             item = mailbox.posted(stream)
             if item is not None:
                 decode(item.message)

@@ -212,7 +212,7 @@ class Headquarters:
         """
         deadline = time.monotonic() + timeout_s
         with self.courier.mail:
-            while left := self.mailbox.pending():
+            while left := self.mailbox.waiting():
                 if time.monotonic() > deadline:
                     raise LinkError(f"{len(left)} tasks still wait after {timeout_s:.0f} s")
                 self.courier.mail.wait(LOOK_S)
@@ -352,7 +352,7 @@ class Device:
     def _settle(self) -> None:
         if not self._open:
             return
-        waiting = set(self.mailbox.pending())
+        waiting = set(self.mailbox.waiting())
         gone = [stream for stream in self._open if stream not in waiting]
         if not gone:
             return
@@ -365,7 +365,7 @@ class Device:
                 self.history(Did.DONE, update=update)
 
     def _recover(self) -> None:
-        for stream in self.mailbox.pending():
+        for stream in self.mailbox.waiting():
             item = self.mailbox.posted(stream)
             if item is not None:
                 self._open[stream] = f"{self.name}/{item.task}"

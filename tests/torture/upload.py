@@ -251,9 +251,11 @@ def _publish(setup: Setup, name: str) -> None:
     number = 0
     with courier, History(Path(setup.folder) / "history" / f"{name}.jsonl") as history:
         while open_ or time.monotonic() < deadline:
-            waiting = set(mailbox.pending())
+            waiting = set(mailbox.waiting())
             for stream in [stream for stream in open_ if stream not in waiting]:
-                history(Did.DONE, update=open_.pop(stream))
+                parked = mailbox.posted(stream)
+                did, why = (Did.PARKED, parked.parked) if parked else (Did.DONE, "")
+                history(did, update=open_.pop(stream), reason=why)
             while len(open_) < DEPTH and time.monotonic() < deadline:
                 number += 1
                 codes = number.to_bytes(16, "big") + base[16:]
