@@ -60,7 +60,7 @@ def speed(name: str, ranks: Sequence[int], *, tokens: int = 48, repeats: int = 7
 
 
 def _write_branch(path: Path, slots: Mapping[str, tuple[int, int]], rank: int) -> None:
-    from exporters.adapter import write_adapter
+    from edge_sdk.adapter_file import write_adapter
 
     rng = np.random.default_rng(SEED)
     pairs = {

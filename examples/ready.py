@@ -52,8 +52,8 @@ def learn(bundle: Path, task: TextTask, examples: Sequence[Example], path: Path)
     import torch
 
     from compression.int4_torch import load_slm
+    from edge_sdk.adapter_file import write_adapter
     from edge_sdk.train import lora, text_task, trainer
-    from exporters.adapter import write_adapter
     from exporters.bundle import read_manifest
 
     torch.manual_seed(0)

@@ -14,17 +14,18 @@ from pathlib import Path
 import msgspec
 import numpy.typing as npt
 
+from edge_sdk.adapter_file import write_adapter
 from edge_sdk.errors import ExportError, RemoteProtocolError
 from edge_sdk.wire.manifest import (
     ADAPTER_FILE,
     MANIFEST_FILE,
     FileEntry,
     ReleaseManifest,
+    adapter_manifest,
     decode_manifest,
     encode_manifest,
 )
 from edge_sdk.wire.messages import Name
-from exporters.adapter import write_adapter
 
 
 def check_names(*names: str) -> None:
@@ -128,14 +129,8 @@ def write_adapter_release(
         path=out / ADAPTER_FILE,
         rank_max=base.rank_max,
     )
-    manifest = msgspec.structs.replace(
-        base,
-        release=release,
-        kind="adapter",
-        base_release=base.release,
-        files=file_entries(out),
-        parity={},
-        lineage={**(lineage or {}), "rank": str(rank), "alpha": str(alpha)},
+    manifest = adapter_manifest(
+        base, release=release, files=file_entries(out), rank=rank, alpha=alpha, lineage=lineage
     )
     (out / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
     return manifest

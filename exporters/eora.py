@@ -24,9 +24,9 @@ import numpy.typing as npt
 
 from compression.eora import Factors
 from compression.errors import WeightsError
+from edge_sdk.adapter_file import graph_inputs
 from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import ReleaseManifest
-from exporters.adapter import graph_inputs
 from exporters.bundle import read_manifest, write_adapter_release
 from exporters.parity import empty_cache_feed, open_session, relative
 

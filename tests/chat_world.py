@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exporters.adapter import write_adapter
+from edge_sdk.adapter_file import write_adapter
 from exporters.slm import SlmOptions, export_slm
 from tests.edge_world import TASK
 from tests.exporters_tiny import save_tiny

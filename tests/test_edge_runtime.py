@@ -112,7 +112,7 @@ def test_an_adapter_is_put_on_and_taken_off_without_loading(
 
 
 def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
-    from exporters.adapter import write_adapter
+    from edge_sdk.adapter_file import write_adapter
 
     path = tmp_path / "foreign.onnx_adapter"
     name = "model.layers.0.self_attn.q_proj"

@@ -8,10 +8,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from edge_sdk.adapter_file import write_adapter
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.runtime import SlmSession
 from edge_sdk.wire.manifest import MANIFEST_FILE, decode_manifest
-from exporters.adapter import write_adapter
 from tests.edge_world import releases
 
 PROMPT = "Request: hello"

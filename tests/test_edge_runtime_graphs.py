@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 
+from edge_sdk.adapter_file import write_adapter
 from edge_sdk.runtime import SlmSession
-from exporters.adapter import write_adapter
 from exporters.bundle import read_manifest
 from exporters.slm import SlmOptions, export_slm
 from tests.exporters_tiny import save_tiny

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from compression.int4_torch import load_slm
+from edge_sdk.adapter_file import graph_inputs, write_adapter
 from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import ReleaseManifest
-from exporters.adapter import graph_inputs, write_adapter
 from exporters.bundle import check_release, read_manifest, write_adapter_release
 from exporters.slm import SlmOptions, export_slm
 from tests.exporters_tiny import save_tiny

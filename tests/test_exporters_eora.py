@@ -15,11 +15,11 @@ import torch
 from compression.eora import Factors, concatenate
 from compression.eora_torch import branches_on
 from compression.int4_torch import load_slm
+from edge_sdk.adapter_file import graph_inputs, write_adapter
 from edge_sdk.errors import ExportError
 from edge_sdk.wire.manifest import ADAPTER_FILE, ReleaseManifest
 from examples.models import materialize
 from exporters import eora_commands
-from exporters.adapter import graph_inputs, write_adapter
 from exporters.bundle import check_release, read_manifest
 from exporters.eora import Figures, calibrate_bundle, export_eora, load_both, windows
 from exporters.parity import empty_cache_feed, open_session

@@ -1,7 +1,10 @@
 """Writes a trained LoRA adapter as the `.onnx_adapter` file that a bundle's LoRA inputs take.
 
 Knows PEFT's factors, the slots a release claims and onnxruntime's adapter file. Does not know
-training, graphs or signatures.
+training, graphs or signatures. Exporters write with it too, so that a device that gets a release as
+a difference (`made_release.py`) writes the file that was signed: onnxruntime lays parameters out in
+the order given, which is that of their names, and nothing else of the process shows in the bytes.
+Another version of it may lay them out otherwise; hashes tell.
 
 PEFT keeps A (r, in) and B (out, r) and computes y + (alpha / r) B A x. The graph computes
 y + (x @ A') @ B': so A' = A^T (in, r) and B' = (alpha / r) B^T (r, out).
