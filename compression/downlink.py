@@ -194,7 +194,7 @@ class Chain:
     def since(self, digest: bytes) -> tuple[Link, ...] | None:
         """The opened links from `digest` on; () if it is the newest, None if a whole one is less.
 
-        What is adopted and not opened is no part of it.
+        What is adopted and not opened is no part of it (`ahead`).
         """
         if digest == digest_of(self._base):
             return ()
@@ -202,6 +202,20 @@ class Chain:
             if link.base == digest:
                 return tuple(self._links[start:])
         return None
+
+    def ahead(self, digest: bytes) -> tuple[Link, ...] | None:
+        """As `since`, and on to what is adopted, opened or not.
+
+        () if that is it: it was opened already, in a round that was taken back since. None also
+        where these links weigh as much as the values in float32, which is how a release has them.
+        """
+        if digest == self.digest:
+            return ()
+        links = self.since(digest)
+        if links is None or not self._codes:
+            return links
+        links += (Link(digest_of(self._base), self._codes),)
+        return links if sum(link.size for link in links) < self._codec.raw_bytes else None
 
     def to_bytes(self) -> bytes:
         """All of it; equal chains give equal bytes."""

@@ -16,13 +16,16 @@ CODEC_FORMATS = (1, 2)
 DELTA_FORMATS = (1,)
 """Formats of an adapter's change on its way down (`downlink.py`) that are read here."""
 
-_CODEC, _DELTA = "codec.", "delta."
+RELEASE_FORMATS = (1,)
+"""Formats of an offer from which a released adapter is made here: `AdapterSource`, packed."""
+
+_CODEC, _DELTA, _RELEASE = "codec.", "delta.", "release."
 
 
 def words() -> tuple[str, ...]:
-    """What this version reads, for example ("codec.1", "delta.1")."""
-    codecs = [f"{_CODEC}{number}" for number in CODEC_FORMATS]
-    return (*codecs, *(f"{_DELTA}{number}" for number in DELTA_FORMATS))
+    """What this version reads, for example ("codec.1", "delta.1", "release.1")."""
+    known = ((_CODEC, CODEC_FORMATS), (_DELTA, DELTA_FORMATS), (_RELEASE, RELEASE_FORMATS))
+    return tuple(f"{prefix}{number}" for prefix, numbers in known for number in numbers)
 
 
 def codec_formats(said: Collection[str]) -> frozenset[int]:
@@ -33,6 +36,11 @@ def codec_formats(said: Collection[str]) -> frozenset[int]:
 def reads_deltas(said: Collection[str]) -> bool:
     """Whether a device takes an adapter as its difference from one that it holds."""
     return bool(_numbers(said, _DELTA) & frozenset(DELTA_FORMATS))
+
+
+def makes_releases(said: Collection[str]) -> bool:
+    """Whether a device makes a released adapter's file from its difference to one that it holds."""
+    return bool(_numbers(said, _RELEASE) & frozenset(RELEASE_FORMATS))
 
 
 def _numbers(said: Collection[str], prefix: str) -> frozenset[int]:

@@ -121,6 +121,34 @@ def test_a_device_joins_wherever_it_stopped_and_a_whole_copy_wins_when_it_is_les
     assert sum(link.size for link in kept) < chain.whole_bytes
 
 
+def test_what_is_not_opened_yet_can_be_said_ahead() -> None:
+    chain = Chain(first())
+    held = {digest_of(first()): first()}
+    assert chain.ahead(digest_of(first())) == ()
+
+    for step in range(3):
+        chain.adopt(moved(chain.tensors, step))
+        for base in held:
+            links = chain.ahead(base) or ()
+            assert len(links) == 1 + len(chain.since(base) or ())
+            found = downlink.reached(chain.digest, links, {base: held[base]})
+            assert found is not None
+            assert same(found, chain.tensors)
+        codes = links[-1].codes
+        held |= {chain.digest: chain.tensors}
+        assert chain.open() == codes
+        assert chain.ahead(chain.digest) == ()
+
+    assert chain.ahead(bytes(32)) is None
+    heavy = Chain(first(), ratio=2.5)
+    weights = []
+    for step in range(4):
+        heavy.adopt(moved(heavy.tensors, step))
+        weights.append(heavy.ahead(digest_of(first())) is not None)
+        heavy.open()
+    assert weights == [True, True, False, False]
+
+
 def test_a_difference_for_another_base_is_not_applied() -> None:
     chain = Chain(first())
     run(chain, 2)
@@ -201,5 +229,7 @@ def test_formats_are_words_and_unknown_words_are_skipped() -> None:
     assert formats.codec_formats(formats.words()) == set(formats.CODEC_FORMATS)
     assert formats.reads_deltas(formats.words())
     assert formats.codec_formats(()) == {1}
+    assert formats.makes_releases(formats.words())
     assert not formats.reads_deltas(("codec.1",))
+    assert not formats.makes_releases(("codec.2", "delta.1", "release.9"))
     assert formats.codec_formats(("codec.2", "codec.7", "codec.x", "tea")) == {2, 7}
