@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.wire.messages import AnyMessage, OfferModel
+from edge_sdk.wire.messages import AdapterSource, AnyMessage, OfferModel
 
 TaskFor = Callable[[str], AnyMessage]
 """Builds the task of one device from its id, for tasks that differ between devices."""
@@ -131,14 +131,15 @@ class Release:
     metadata: Mapping[str, bytes] = field(default_factory=dict)
     withdrawn: bool = False
 
-    def offer(self, task_id: str = "offer") -> OfferModel:
-        """Return the message that offers this release to a device."""
+    def offer(self, task_id: str = "offer", *, source: AdapterSource | None = None) -> OfferModel:
+        """Return the message that offers this release to a device; `source`: how to make it."""
         return OfferModel(
             task_id=task_id,
             family=self.family,
             release=self.release,
             metadata=dict(self.metadata),
             targets=self.targets,
+            source=source,
         )
 
 

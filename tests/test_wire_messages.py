@@ -28,6 +28,17 @@ SAMPLES = [
     ),
     Score("t", "r-1", ("a text", ""), ("x", "y")),
     messages.OfferModel("t", "chat", "r-1", {"root.json": b"{}"}, ("chat/r-1/symbiont.json",)),
+    messages.OfferModel(
+        "t",
+        "chat",
+        "r-2",
+        {},
+        ("chat/r-2/symbiont.json",),
+        messages.AdapterSource(
+            bytes(32), (messages.AdapterDelta(bytes(32), b"codes"),), 1, 8, 16.0, ("q_proj",)
+        ),
+        b"packed",
+    ),
     messages.OfferData("t", 3, ("text",), ("label",), (0.5,)),
     messages.AdapterUpdate("t", 1, "r-1", "codec", b"codes", 40, 4000, 0.9, {"train": 1.0}, 100.0),
     Scores("t", (0.0, 1.0)),

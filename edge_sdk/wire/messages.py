@@ -80,6 +80,21 @@ class AdapterDelta(Struct, frozen=True, forbid_unknown_fields=True):
     codes: bytes
 
 
+class AdapterSource(Struct, frozen=True, forbid_unknown_fields=True):
+    """How to make the files of an adapter release from what a device that trained holds.
+
+    `digest` and `deltas` as in TrainAdapter, `seed` is its `adapter_seed`. The signed hashes say
+    whether what was made are the release's files.
+    """
+
+    digest: Digest
+    deltas: Annotated[tuple[AdapterDelta, ...], Meta(max_length=4096)]
+    seed: Count
+    rank: Annotated[int, Meta(ge=1, le=1024)]
+    alpha: Annotated[float, Meta(gt=0)]
+    targets: Annotated[tuple[Word, ...], Meta(max_length=1024)]
+
+
 # Fields with defaults below are left out where they hold them, so that a device of an earlier
 # version reads what is meant for it.
 class TrainAdapter(Message, frozen=True, omit_defaults=True):
@@ -181,10 +196,12 @@ class TeachAdapter(Message, frozen=True):
     logps: bytes
 
 
-class OfferModel(Message, frozen=True):
+class OfferModel(Message, frozen=True, omit_defaults=True):
     """A release exists: fetch what you lack, verify, swap, measure; reply ModelReport.
 
     `metadata` holds the TUF metadata files by name; `targets` the TUF target paths of the release.
+    With a `source` its files can be made instead of fetched, and the metadata may be in `packed`
+    instead (`offers.py`).
     """
 
     task_id: Name
@@ -192,6 +209,8 @@ class OfferModel(Message, frozen=True):
     release: Name
     metadata: Annotated[dict[FilePath, bytes], Meta(max_length=1024)]
     targets: Paths
+    source: AdapterSource | None = None
+    packed: bytes = b""
 
 
 class OfferData(Message, frozen=True):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -34,7 +35,7 @@ from edge_sdk.errors import (
 from edge_sdk.link.courier import Courier
 from edge_sdk.link.memory import MemoryBroker
 from edge_sdk.store.mailbox import Mailbox
-from edge_sdk.wire import config_rules, manifest, messages, transfer
+from edge_sdk.wire import config_rules, manifest, messages, offers, transfer
 from edge_sdk.wire.enrolment import (
     _COUNTERSIGNED,
     _STATEMENT,
@@ -102,6 +103,12 @@ def parsers() -> dict[str, Parser]:
         Parser("courier", _Coordinator().take, _frames(envelope), ()),
         Parser("bitmap", _bitmap, (b"", b"\x01", b"\xff" * 9), remote),
         Parser("message", messages.decode, _messages(), remote),
+        Parser(
+            "packed metadata",
+            lambda data: offers.unpacked(_offer(packed=data)),
+            (offers.packed(_offer()).packed,),
+            remote,
+        ),
         Parser("release manifest", manifest.decode_manifest, (_release(),), remote),
         Parser("golden", manifest.decode_golden, (_golden(),), remote),
         Parser("codec", Compressor.from_bytes, (codec.to_bytes(),), (CodecError,)),
@@ -298,9 +305,14 @@ def _messages() -> tuple[bytes, ...]:
         messages.AdapterUpdate("t", 1, "base", "c", b"codes", 1, 2, 0.9, {"train": 1.0}, 3.0),
         messages.Enrolled("kitchen", b"{}", task),
         messages.OfferData("t", 1, ("one",), ("a",), (1.0,)),
-        messages.OfferModel("t", "slm", "base", {"root.json": b"{}"}, ("a",)),
+        _offer(),
+        _offer(source=messages.AdapterSource(bytes(32), (), 1, 8, 16.0, ("q_proj",))),
     )
     return tuple(messages.encode(message) for message in every)
+
+
+def _offer(**more: Any) -> messages.OfferModel:
+    return messages.OfferModel("t", "slm", "base", {"root.json": b"{}"}, ("a",), **more)
 
 
 def _summed(data: bytes) -> bytes:
