@@ -6,16 +6,18 @@ mailbox; what must survive goes back in `Handled`.
 
 import logging
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk.abilities import reads
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import RuntimeFailure, TrustError
-from edge_sdk.handled import FEEDBACK, OFFER, Event, Handled, Recall
+from edge_sdk.handled import ADAPTERS, FEEDBACK, OFFER, Event, Handled, Recall
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.models import Held, ModelStore
 from edge_sdk.wire.messages import (
+    AdapterSource,
     File,
     ModelReport,
     OfferModel,
@@ -24,6 +26,7 @@ from edge_sdk.wire.messages import (
     decode,
     encode,
 )
+from edge_sdk.wire.offers import unpacked
 
 if TYPE_CHECKING:
     from edge_sdk.encoders import EncoderSession
@@ -88,18 +91,48 @@ class ModelDesk:
         """Fetch what is lacking of a release, or install it when all is here.
 
         Raises:
+            RemoteProtocolError: its metadata are malformed.
             RuntimeFailure: a family this device does not accept, or a model that does not run.
             TrustError: the release must not be run.
         """
         accepted = self._config.device.families
         if accepted and offer.family not in accepted:
             raise RuntimeFailure(f"family {offer.family} is not one this device accepts")
-        watch = Stopwatch()
+        offer, watch = unpacked(offer), Stopwatch()
         with watch.stage("verify"):
             missing = self._models.missing(offer, now=now)
+        if missing and offer.source is not None:
+            with watch.stage("make"):
+                missing = self._make(offer, offer.source, missing, now)
         if missing:
             return Handled((WantFiles(offer.task_id, missing),), {OFFER: encode(offer)})
         return self._install(offer, now, watch)
+
+    def _make(
+        self, offer: OfferModel, source: AdapterSource, missing: tuple[str, ...], now: datetime
+    ) -> tuple[str, ...]:
+        """Make what can be made of the missing files; return those that are still missing."""
+        held = self._models.current
+        if held is None:
+            return missing
+        try:
+            from edge_sdk.made_release import make_release
+
+            with self._models.draft() as draft:
+                make_release(
+                    source,
+                    offer.release,
+                    bundle=Path(held.bundle),
+                    held=self._recall(ADAPTERS),
+                    out=draft,
+                )
+                missing = self._models.missing(offer, now=now, made=draft)
+        except (RuntimeFailure, ImportError) as exc:
+            logger.info("release %s is fetched: %s", offer.release, exc)
+            return missing
+        if missing:
+            logger.info("release %s: %d files made here differ", offer.release, len(missing))
+        return missing
 
     def file(self, file: File, now: datetime) -> Handled:
         """Take in one file of the awaited release; the last one installs it.

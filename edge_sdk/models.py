@@ -104,17 +104,27 @@ class ModelStore:
         """The release that ran before, kept for `roll_back`."""
         return self._pointer.previous
 
-    def missing(self, offer: OfferModel, *, now: datetime) -> tuple[str, ...]:
+    def missing(
+        self, offer: OfferModel, *, now: datetime, made: Path | None = None
+    ) -> tuple[str, ...]:
         """Return the offer's target paths whose bytes this device does not hold.
+
+        `made`: a folder with files of the release that were made here; those with exactly the
+        signed bytes are taken out of it and held.
 
         Raises:
             TrustError: the offer is not to be trusted (SignatureError, RollbackError, DigestError).
             StorageError: the disk refuses.
         """
         trusted = self._believe(offer, now)
-        return tuple(
-            path for path in _sound_paths(offer) if self._find(trusted.target(path)) is None
-        )
+        lacking = []
+        for path in _sound_paths(offer):
+            target = trusted.target(path)
+            if made is not None and is_target(made / _inside(path), target):
+                self.put_file(path, made / _inside(path))
+            if self._find(target) is None:
+                lacking.append(path)
+        return tuple(lacking)
 
     def put(self, path: str, data: bytes) -> None:
         """Keep a received file of the present offer; it is believed only by `install`.
@@ -184,6 +194,22 @@ class ModelStore:
                 copy_plain(source, kept)
                 source.unlink()
             sync_folder(self._incoming)
+
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """A fresh private folder to write in, gone afterwards, or with the next release installed.
+
+        No name in it can be a link that somebody placed before.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with _stored("write to"):
+            folder = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def install(self, offer: OfferModel, *, now: datetime) -> Held:
         """Verify every file, complete the release under its name, try it, and run it from now on.
@@ -309,18 +335,14 @@ class ModelStore:
                 f"{lacking[0]} was altered or lost on this disk since it was installed; "
                 "it is fetched again when the release is next offered"
             )
-        with _stored("repair"):
-            draft = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
-            try:
-                for target in targets:
-                    copied = draft / _inside(target.path)
-                    copied.parent.mkdir(mode=0o700, exist_ok=True)
-                    copy_plain(sources[target.path] or draft, copied)
-                    if not is_target(copied, target):
-                        raise DigestError(f"{target.path} changed while it was repaired")
-                self._put_in_place(draft, folder)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+        with _stored("repair"), self.draft() as draft:
+            for target in targets:
+                copied = draft / _inside(target.path)
+                copied.parent.mkdir(mode=0o700, exist_ok=True)
+                copy_plain(sources[target.path] or draft, copied)
+                if not is_target(copied, target):
+                    raise DigestError(f"{target.path} changed while it was repaired")
+            self._put_in_place(draft, folder)
         logger.warning("repaired release %s: its files had been altered", folder.name)
 
     def _put_in_place(self, draft: Path, final: Path) -> None:
@@ -365,10 +387,7 @@ class ModelStore:
         return self._hashed[key]
 
     def _assemble(self, trusted: TrustedRelease, targets: list[TargetFile], final: Path) -> None:
-        with _stored("write to"):
-            # A fresh private folder: no name in it can be a link that somebody placed before.
-            draft = Path(tempfile.mkdtemp(prefix=".new-", dir=self._bundles))
-        try:
+        with self.draft() as draft:
             for target in targets:
                 source = self._find(target)
                 if source is None:
@@ -384,8 +403,6 @@ class ModelStore:
             check_bundle(draft, operators=self._operators)
             with _stored("write to"):
                 self._put_in_place(draft, final)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
 
     def _held(self, offer: OfferModel, folder: Path) -> Held:
         """A folder with a graph is a bundle; one with only an adapter goes over its base."""

@@ -8,6 +8,7 @@ because a round may be taken back.
 """
 
 import logging
+from collections.abc import Iterable
 
 import msgspec
 
@@ -16,7 +17,7 @@ from compression.downlink import Link, digest_of
 from compression.errors import CodecError
 from edge_sdk.errors import Lacking, RemoteProtocolError
 from edge_sdk.train.lora import Factors, Layout, from_bytes, start_factors, to_bytes
-from edge_sdk.wire.messages import TrainAdapter
+from edge_sdk.wire.messages import AdapterDelta, TrainAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +64,28 @@ class HeldAdapters:
                 if digest_of(whole) != digest:
                     raise Lacking("the adapter sent is not the one its digest names", "adapter")
                 return whole
-            known = {name: from_bytes(blob) for name, blob in self._blobs.items()}
-            drawn = start_factors(layout, order.adapter_seed)
-            links = [Link(delta.base, delta.codes) for delta in order.deltas]
-            found = downlink.reached(digest, links, {digest_of(drawn): drawn} | known)
+            found = self.reach(digest, order.deltas, start_factors(layout, order.adapter_seed))
         except (CodecError, RemoteProtocolError) as exc:
             raise Lacking(f"the adapter cannot be read ({exc}); send it whole", "adapter") from exc
         if found is None:
             raise Lacking("this device does not hold what the adapter differs from", "adapter")
-        return dict(found)
+        return found
+
+    def reach(
+        self, digest: bytes, deltas: Iterable[AdapterDelta], drawn: Factors
+    ) -> Factors | None:
+        """The adapter of `digest`, by `deltas` from one held here or from the `drawn` one.
+
+        None if they start from neither.
+
+        Raises:
+            CodecError: the deltas are malformed, or lead elsewhere than their digests say.
+            RemoteProtocolError: an adapter held here is damaged.
+        """
+        known = {name: from_bytes(blob) for name, blob in self._blobs.items()}
+        links = [Link(delta.base, delta.codes) for delta in deltas]
+        found = downlink.reached(digest, links, {digest_of(drawn): drawn} | known)
+        return None if found is None else dict(found)
 
     def to_bytes(self) -> bytes:
         """All of them; b"" for none."""

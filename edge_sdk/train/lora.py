@@ -1,6 +1,7 @@
 """LoRA factors: attached to a model, read, written, compared and packed for the wire.
 
-Knows peft's layers, factor names and shapes. Does not know tasks, batches or aggregation.
+Knows peft's layers, factor names and shapes. Does not know tasks, batches or aggregation. Factors
+alone need no torch: it is loaded with the model that they are attached to.
 
 A layer W of shape (out, in) becomes W + (alpha / r) * B·A with A (r, in) and B (out, r).
 Factors are a plain dict of float32 arrays named after the Hugging Face module:
@@ -12,16 +13,18 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import save
 
 from compression import tensor_file
 from compression.errors import CodecError
 from edge_sdk.errors import ConfigError, RemoteProtocolError
+
+if TYPE_CHECKING:
+    import torch
 
 F32 = npt.NDArray[np.float32]
 Factors = dict[str, F32]
@@ -93,7 +96,7 @@ class Adapter:
             key: (weight.shape[0], weight.shape[1]) for key, weight in self._parameters.items()
         }
 
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> "list[torch.nn.Parameter]":
         """The trainable factors, in layout order."""
         return list(self._parameters.values())
 
@@ -110,6 +113,8 @@ class Adapter:
         Raises:
             RemoteProtocolError: names or shapes are not those of this model.
         """
+        import torch
+
         check_layout(factors, self.layout)
         with torch.no_grad():
             for key, weight in self._parameters.items():
