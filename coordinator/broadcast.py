@@ -5,13 +5,16 @@ tasks, rounds or messages' other fields.
 
 Three ways, the one of fewest bytes that the device can follow: nothing but the digest (it holds the
 adapter, or draws it from the seed), the differences since the one it confirmed, a whole copy.
+A release of the adapter adopted last goes down by the same differences and the next one, before
+that one is opened.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
 
-from compression.downlink import Chain, digest_of
+from compression.downlink import Chain, Link, digest_of
 from compression.errors import CodecError
 from edge_sdk.errors import RemoteProtocolError
 from edge_sdk.train.lora import Factors, to_bytes
@@ -25,12 +28,6 @@ class Carried:
     adapter: bytes
     digest: bytes = b""
     deltas: tuple[AdapterDelta, ...] = ()
-
-    @property
-    def size(self) -> int:
-        """Their bytes."""
-        delta_bytes = sum(len(d.base) + len(d.codes) for d in self.deltas)
-        return len(self.adapter) + len(self.digest) + delta_bytes
 
 
 class _State(msgspec.Struct):
@@ -75,7 +72,12 @@ class Broadcast:
         links = self._chain.since(self._confirmed.get(device, self._first))
         if whole or links is None:
             return Carried(to_bytes(self._chain.tensors), digest)
-        return Carried(b"", digest, tuple(AdapterDelta(link.base, link.codes) for link in links))
+        return Carried(b"", digest, _deltas(links))
+
+    def ahead(self, device: str) -> Carried | None:
+        """What `device` needs to make the adapter adopted last; None if a whole one takes less."""
+        links = self._chain.ahead(self._confirmed.get(device, self._first))
+        return None if links is None else Carried(b"", self._chain.digest, _deltas(links))
 
     def confirm(self, device: str, digest: bytes) -> None:
         """Note that `device` holds the adapter of this digest."""
@@ -99,3 +101,7 @@ class Broadcast:
         made._chain, made._first = Chain.from_bytes(state.chain, ratio=ratio), state.first
         made._confirmed = state.confirmed
         return made
+
+
+def _deltas(links: Iterable[Link]) -> tuple[AdapterDelta, ...]:
+    return tuple(AdapterDelta(link.base, link.codes) for link in links)

@@ -148,7 +148,7 @@ def _status(arguments: argparse.Namespace) -> int:
     lines += [f"release {family}: {name}" for family, name in status["releases"].items()]
     lines += [
         f"run {t['run']}, round {t['round']}: updates {t['bytes_up']} B up, "
-        f"adapters and codecs {t['bytes_down']} B down"
+        f"tasks and offers {t['bytes_down']} B down, files asked for {t['files']} B"
         for t in status["traffic"][-5:]
     ]
     _show(arguments, status, "\n".join(lines))
@@ -156,13 +156,17 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _traffic(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Bytes by round: updates up, adapters and codecs down; before seals and transport."""
+    """Bytes by round: updates up, training tasks, lessons and offers down, and the files that any
+    device asked for since the round before; before seals and transport."""
     names = ("run", "round", "bytes_up", "bytes_down")
-    return [
-        {name: event[name] for name in names}
-        for event in events
-        if event["event"] == "note" and all(name in event for name in names)
-    ]
+    rounds, files = [], 0
+    for event in events:
+        if event["event"] == "files":
+            files += event["bytes"]
+        if event["event"] == "note" and all(name in event for name in names):
+            rounds.append({name: event[name] for name in names} | {"files": files})
+            files = 0
+    return rounds
 
 
 def _lineage(arguments: argparse.Namespace) -> int:

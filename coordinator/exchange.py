@@ -10,6 +10,7 @@ The codec of updates then follows those differences, which devices have too (`mo
 them it is learned once from the first round's updates, and sent.
 """
 
+import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import msgspec
 from compression.blocks import Layout as BlockLayout
 from compression.codec import Compressor
 from compression.errors import CodecError
-from compression.formats import codec_formats, reads_deltas
+from compression.formats import codec_formats, makes_releases, reads_deltas
 from coordinator.abilities import About, nothing_known
 from coordinator.aggregate import (
     Aggregate,
@@ -42,7 +43,13 @@ from edge_sdk.train.lora import (
     to_bytes,
     wire_exact,
 )
-from edge_sdk.wire.messages import AdapterUpdate, AnyMessage, TrainAdapter
+from edge_sdk.wire.messages import (
+    AdapterSource,
+    AdapterUpdate,
+    AnyMessage,
+    TrainAdapter,
+    encode,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +122,7 @@ class AdapterExchange:
         self.about = about
         self._down_ratio = down_ratio
         self._broadcast = Broadcast(self.factors, ratio=down_ratio) if down_ratio else None
-        self._down: dict[str, int] = {}
+        self._down: dict[bytes, int] = {}  # digest of a message and its device -> its bytes
         self._up: dict[str, int] = {}
         self.aged = False
         self.fallbacks: dict[str, tuple[int, int]] = {}
@@ -149,8 +156,34 @@ class AdapterExchange:
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes of this round: codes that came up, and what its tasks carried down in all."""
+        """Bytes of this round: codes that came up, and messages that went down (`sent`)."""
         return {"bytes_up": sum(self._up.values()), "bytes_down": sum(self._down.values())}
+
+    def sent(self, device: str, message: AnyMessage) -> AnyMessage:
+        """Count a message of this round to `device`, once however often it is asked for."""
+        words = encode(message)
+        self._down[hashlib.sha256(device.encode() + words).digest()] = len(words)
+        return message
+
+    def source(self, device: str) -> AdapterSource | None:
+        """From what `device` can make a release of the adapter set last; None: it fetches that.
+
+        None where adapters go down whole, where the device does not read this, or where what it
+        lacks weighs as much as the file.
+        """
+        if self._broadcast is None or not makes_releases(self.about(device, 0).reads):
+            return None
+        ahead = self._broadcast.ahead(device)
+        if ahead is None:
+            return None
+        return AdapterSource(
+            digest=ahead.digest,
+            deltas=ahead.deltas,
+            seed=self.seed,
+            rank=self.spec.rank,
+            alpha=self.spec.alpha,
+            targets=self.spec.targets,
+        )
 
     def learn_codec(self, changes: Sequence[Factors]) -> None:
         """Fit the learned codec on decoded updates and ask for it from now on.
@@ -182,7 +215,7 @@ class AdapterExchange:
         holders = {codec: frozenset(devices) for codec, devices in self._holders.items()}
         broadcast, at = self._broadcast, dict(self._at)
 
-        def task(device: str) -> AnyMessage:
+        def task_for(device: str) -> AnyMessage:
             known, start = self.about(device, step), whole
             codec = self.codec_for(known.reads)
             if broadcast is not None and reads_deltas(known.reads):
@@ -191,8 +224,7 @@ class AdapterExchange:
             if start.deltas and codec.changes:  # then it makes the codec from the one it holds
                 held |= device in holders.get(at.get(start.deltas[0].base, ""), ())
             packed = b"" if held and "codec" not in known.lacks else codec.to_bytes()
-            self._down[device] = len(packed) + start.size
-            return TrainAdapter(
+            task = TrainAdapter(
                 task_id=f"train-{step}",
                 round=step,
                 family=self.family,
@@ -213,8 +245,9 @@ class AdapterExchange:
                 digest=start.digest,
                 deltas=start.deltas,
             )
+            return self.sent(device, task)
 
-        return task
+        return task_for
 
     def codec_for(self, reads: Collection[str]) -> Compressor:
         """The present codec, or for a device of an earlier version the plain one."""
@@ -224,9 +257,10 @@ class AdapterExchange:
         """Bytes that an update may take at this ratio, at least MIN_UPDATE_BYTES; 0 for ratio 0."""
         return max(MIN_UPDATE_BYTES, int(self._codec.raw_bytes / ratio)) if ratio > 0 else 0
 
-    def now_holds(self, device: str, codec_id: str) -> None:
-        """Note that `device` has used this codec: it is not sent it again."""
-        self._holders.setdefault(codec_id, set()).add(device)
+    def took(self, device: str, update: AdapterUpdate) -> None:
+        """Count an update of this round, and do not send `device` its codec again."""
+        self._holders.setdefault(update.codec_id, set()).add(device)
+        self._up[device] = self._up.get(device, 0) + len(update.codes)
 
     def check(self) -> Check:
         """Looks at one update, cheap before dear: round and codec, length, codes, shapes as the
@@ -304,8 +338,7 @@ class AdapterExchange:
             base = self._globals[message.round]
             factors = add(base, change)
             changes.append((device, change))
-            self.now_holds(device, message.codec_id)
-            self._up[device] = self._up.get(device, 0) + len(message.codes)
+            self.took(device, message)
             methods += self._method(message)
             if self._broadcast is not None:
                 self._broadcast.confirm(device, message.holds)

@@ -19,11 +19,21 @@ from coordinator.aggregate import Aggregate
 from coordinator.algorithms.rounds import learn, lineage, measured, merge, tried
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.gate import Gate
-from coordinator.programs import Ask, Publish, Reply, Request, Tell, Withdraw
+from coordinator.programs import (
+    Ask,
+    Publish,
+    Release,
+    Reply,
+    Request,
+    TaskFor,
+    Tell,
+    Withdraw,
+)
 from coordinator.twin import Twin
 from edge_sdk.errors import ConfigError
 from edge_sdk.train.lora import Factors
 from edge_sdk.wire.messages import AnyMessage
+from edge_sdk.wire.offers import packed
 
 F32 = npt.NDArray[np.float32]
 
@@ -39,6 +49,7 @@ class Family:
         cohort: its devices, whose bundle is release `base`.
         package: writes an adapter release; `package_model`, if given, a whole model.
         kept: the newest of its releases that was not taken back.
+        made: the adapter release whose factors the exchange holds.
     """
 
     twin: Twin
@@ -49,6 +60,7 @@ class Family:
     package_model: Package | None = None
     gate: Gate = field(default_factory=Gate)
     kept: str = ""
+    made: str = ""
 
     @property
     def name(self) -> str:
@@ -60,6 +72,16 @@ class Family:
         self.kept = self.kept or self.base
         self.gate.start(self.exchange.factors)
         self.twin.restore(self.exchange.factors, self.exchange.replicas)
+
+    def offers(self, release: Release) -> TaskFor:
+        """The offer of `release` to each device; of `made` with what to make it from, if it can."""
+
+        def offer(device: str) -> AnyMessage:
+            source = self.exchange.source(device) if release.release == self.made else None
+            said = release.offer(source=source)
+            return self.exchange.sent(device, said if source is None else packed(said))
+
+        return offer
 
     def state(self) -> dict[str, bytes]:
         """What a Commit keeps of it."""
@@ -177,7 +199,7 @@ class Families:
 
     @property
     def traffic(self) -> dict[str, int]:
-        """Bytes of this round's updates and of what its tasks carried, over all families."""
+        """Bytes of this round's updates, and of its training tasks, lessons and offers."""
         parts = [family.exchange.traffic for family in self.all]
         return {key: sum(part[key] for part in parts) for key in parts[0]}
 
@@ -211,6 +233,7 @@ class Families:
             family.exchange.set_global(family.twin.factors)
             family.twin.set_global(family.exchange.factors)  # what devices will read of them
             folder = (write or family.package)(name, family.exchange.factors)
+            family.made = "" if write else name
             own = tuple(reply for reply in replies if reply.device in family.cohort)
             made_from = lineage(step, own, merged.aggregates.get(family.name))
             base = None if write else family.base
@@ -228,7 +251,12 @@ class Families:
         reports: tuple[Reply, ...] = ()
         for i, (family, wish) in enumerate(zip(self.all, wishes, strict=True)):
             fault, own = yield from tried(
-                wish, family.cohort, within_s, family.gate, instead=family.kept
+                wish,
+                family.cohort,
+                within_s,
+                family.gate,
+                instead=family.kept,
+                offers=family.offers,
             )
             reports += own
             if fault:
@@ -248,4 +276,4 @@ def _take_back(
     family: Family, wish: Publish, within_s: float, reason: str
 ) -> Generator[Request, Any, None]:
     former = yield Withdraw(wish.family, wish.release, family.kept, reason)
-    yield from measured(Ask(former.offer(), family.cohort, len(family.cohort), within_s))
+    yield from measured(Ask(family.offers(former), family.cohort, len(family.cohort), within_s))

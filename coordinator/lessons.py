@@ -71,12 +71,13 @@ class Lessons:
             codec = exchange.codec_for(known.reads)
             has_codec = codecs[device] == codec.codec_id and "codec" not in known.lacks
             has_words = device in holders and "words" not in known.lacks
-            return msgspec.structs.replace(
+            own = msgspec.structs.replace(
                 tasks[exchange.family],
                 codec_id=codec.codec_id,
                 codec=b"" if has_codec else codec.to_bytes(),
                 words=b"" if has_words else self._words,
             )
+            return exchange.sent(device, own)
 
         return Ask(task, tuple(sorted(codecs)), len(codecs), within_s, check=self.check)
 
@@ -147,7 +148,7 @@ class Lessons:
         exchange = family.exchange
         for reply in replies:
             if isinstance(reply.message, AdapterUpdate):
-                exchange.now_holds(reply.device, reply.message.codec_id)
+                exchange.took(reply.device, reply.message)
         contributions = [
             Contribution(
                 reply.device,

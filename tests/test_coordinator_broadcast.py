@@ -17,11 +17,11 @@ from coordinator.abilities import Known
 from coordinator.algorithms.rounds import learn
 from coordinator.config import AdapterSection
 from coordinator.exchange import AdapterExchange, LocalTraining
-from coordinator.programs import Note, Reply
+from coordinator.programs import Note, Release, Reply
 from edge_sdk.errors import Lacking
 from edge_sdk.train.held import HeldAdapters
-from edge_sdk.train.lora import LoraSpec, from_bytes
-from edge_sdk.wire.messages import AdapterUpdate, TrainAdapter, encode
+from edge_sdk.train.lora import LoraSpec, from_bytes, start_factors
+from edge_sdk.wire.messages import AdapterSource, AdapterUpdate, TrainAdapter, encode
 
 LAYOUT = {f"{i}.lora_{half}": (8, 64) if half == "A" else (64, 8) for i in "pq" for half in "AB"}
 SPEC = LoraSpec(8, 16.0, ("p", "q"))
@@ -232,6 +232,95 @@ def test_a_round_that_is_taken_back_leaves_both_ends_equal() -> None:
 
     assert same(fleet.began["a"], factors)
     assert fleet.tasks[-1].deltas == ()  # it holds that one already
+
+
+def made(fleet: Fleet, name: str, source: AdapterSource | None) -> dict[str, np.ndarray] | None:
+    """The adapter that a device makes of a release's source, if it can."""
+    assert source is not None
+    assert source.targets == SPEC.targets
+    drawn = start_factors(LAYOUT, source.seed)
+    held = HeldAdapters.from_bytes(fleet.held[name])
+    return held.reach(source.digest, source.deltas, drawn)
+
+
+def test_a_release_goes_down_as_the_difference_that_the_next_round_opens() -> None:
+    fleet = Fleet("a", "bb", "idle")
+    exchange = fleet.exchange()
+    for step, names in enumerate([("a", "bb"), ("a",), ("a",)]):
+        fleet.round(exchange, step, *names)
+    stored = exchange.state()
+
+    sources = {name: exchange.source(name) for name in fleet.known}
+
+    found = {name: made(fleet, name, source) for name, source in sources.items()}
+    assert all(one is not None and same(one, exchange.factors) for one in found.values())
+    assert {name: len(one.deltas) for name, one in sources.items()} == {"a": 1, "bb": 3, "idle": 3}
+    assert exchange.state() == stored
+    again = fleet.exchange()
+    again.restore(stored)
+    assert {name: again.source(name) for name in fleet.known} == sources
+    task = exchange.start(3, "base", HOW)
+    assert {name: task(name).deltas for name in fleet.known} == {
+        name: one.deltas for name, one in sources.items()
+    }
+
+
+def test_who_gets_a_release_whole() -> None:
+    fleet = Fleet("a", "older", "oldest", "late")
+    fleet.known |= {"older": Known(frozenset({"codec.2", "delta.1"})), "oldest": Known()}
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, *fleet.known)
+    for step in range(1, 20):
+        fleet.round(exchange, step, "a")
+    lossless = Fleet("a", down_ratio=0.0)
+    whole = lossless.exchange()
+    lossless.round(whole, 0, "a")
+
+    assert exchange.source("a") is not None
+    assert [exchange.source(name) for name in ("older", "oldest", "late")] == [None] * 3
+    assert whole.source("a") is None
+
+
+def test_a_round_that_was_taken_back_leads_no_release_astray() -> None:
+    fleet = Fleet("a")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a")
+    before, factors = exchange.state(), exchange.factors
+    fleet.round(exchange, 1, "a")
+    released = made(fleet, "a", exchange.source("a"))
+
+    exchange.roll_back(before)
+
+    # What the round began with is what the device holds, and what the chain is at again.
+    back = made(fleet, "a", exchange.source("a"))
+    assert back is not None
+    assert same(back, factors)
+    fleet.round(exchange, 2, "a")
+    found = made(fleet, "a", exchange.source("a"))
+    assert found is not None
+    assert same(found, exchange.factors)
+    assert released is not None
+    assert not same(found, released)
+
+
+def test_traffic_counts_each_message_of_a_round_once() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    task = exchange.start(0, "base", HOW)
+    asked = {name: task(name) for name in ("a", "bb", "a")}
+    replies = [fleet.answer(name, one) for name, one in asked.items()]
+    exchange.receive(replies)
+    offer = Release("slm", "base-1", ("slm/base-1/symbiont.json",)).offer(
+        source=exchange.source("a")
+    )
+    exchange.sent("a", exchange.sent("a", offer))
+
+    assert exchange.traffic == {
+        "bytes_up": sum(len(reply.message.codes) for reply in replies),
+        "bytes_down": sum(len(encode(one)) for one in (*asked.values(), offer)),
+    }
+    exchange.start(1, "base", HOW)
+    assert exchange.traffic == {"bytes_up": 0, "bytes_down": 0}
 
 
 def test_it_may_be_switched_on_and_off_amid_a_run() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator import commands
 from edge_sdk import cli
 from edge_sdk.wire.enrolment import EnrolmentCode
 
@@ -38,6 +39,22 @@ def test_init_writes_settings_that_load_and_private_keys(config: Path) -> None:
     assert sorted(path.name for path in keys.iterdir()) == ["coordinator.key", "root.key"]
     assert all(path.stat().st_mode & 0o077 == 0 for path in keys.iterdir())
     assert run("coordinator", "status", "--config", config) == 0
+
+
+def test_traffic_is_told_by_round_with_the_files_that_were_asked_for() -> None:
+    def note(**values: object) -> dict[str, object]:
+        return {"event": "note", "run": "fedavg", **values}
+
+    def files(size: int) -> dict[str, object]:
+        return {"event": "files", "device": "a", "count": 1, "bytes": size}
+
+    rounds = [{"round": i, "bytes_up": 10 + i, "bytes_down": 20 + i} for i in range(2)]
+    events = [files(500), note(baseline=True), files(7), note(**rounds[0]), note(**rounds[1])]
+
+    assert commands._traffic(events) == [
+        {"run": "fedavg", **rounds[0], "files": 507},
+        {"run": "fedavg", **rounds[1], "files": 0},
+    ]
 
 
 def test_init_never_overwrites(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

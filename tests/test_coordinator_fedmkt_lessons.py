@@ -18,7 +18,7 @@ from coordinator.programs import Ask, Commit, Note
 from edge_sdk.algorithms.vocabulary import Vocabulary
 from edge_sdk.errors import QuorumMissed, RemoteProtocolError
 from edge_sdk.train.lora import Factors
-from edge_sdk.wire.messages import AdapterUpdate, TeachAdapter, TrainAdapter
+from edge_sdk.wire.messages import AdapterUpdate, OfferModel, TeachAdapter, TrainAdapter, encode
 
 ON_DEVICES = replace(CFG, teach_on_devices=True)
 EXACT = replace(ON_DEVICES, learn_codec=False, training=replace(CFG.training, ratio=0.0))
@@ -165,6 +165,32 @@ def test_a_codec_that_came_with_a_lesson_is_not_sent_again(home: Path) -> None:
     training = next(task for task in seen[seen.index(lesson) :] if isinstance(task, TrainAdapter))
     assert lesson.codec
     assert (training.codec_id, training.codec) == (lesson.codec_id, b"")
+
+
+def test_the_traffic_of_a_round_counts_its_tasks_lessons_and_offers(home: Path) -> None:
+    world, fleet = World(home), devices()
+    down, up = [], []
+
+    def listening(answer):  # type: ignore[no-untyped-def]
+        def heard(task):  # type: ignore[no-untyped-def]
+            reply = answer(task)
+            down.append(task)
+            up.append(reply)
+            return reply
+
+        return heard
+
+    for device in fleet.values():
+        device.answer = listening(device.answer)
+
+    drive(world.program(replace(ON_DEVICES, rounds=1, teach_llm=False)), fleet, world.log)
+
+    assert {type(task) for task in down} == {TrainAdapter, TeachAdapter, OfferModel}
+    note = told(world)
+    assert note["bytes_down"] == sum(len(encode(task)) for task in down)
+    codes = [reply.codes for reply in up if isinstance(reply, AdapterUpdate)]
+    assert len(codes) == 2 * len(fleet)
+    assert note["bytes_up"] == sum(map(len, codes))
 
 
 def test_a_family_without_a_lesson_is_taught_here(home: Path) -> None:

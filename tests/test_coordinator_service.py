@@ -129,6 +129,8 @@ def test_crosslm_from_enrolment_to_the_last_release(live: Callable[[str], Life])
     notes = life.told("note")
     assert [note.get("round") for note in notes] == [None, 0, 1]
     assert "llm_accuracy" in notes[-1]
+    fetched = [line["device"] for line in life.told("files")]
+    assert sorted(fetched) == ["garage-1"] * 2 + ["kitchen-1"] * 2  # base and the last, whole
     assert life.told("llm")[0]["stage"] == "before"
     done = life.told("done")[0]
     assert done["devices"] == ["garage-1", "kitchen-1"]
@@ -154,6 +156,7 @@ def test_a_stopped_service_goes_on_where_it_was(live: Callable[[str], Life]) -> 
     assert done
     steps = [(e["run"], e["step"]) for e in life.told("committed")]
     assert len(steps) == len(set(steps)) == 3  # the offer and two rounds, each once
+    assert len(life.told("files")) == 2  # of the base: both adapters were made on the devices
     assert life.service.registry.promoted("tiny").release == "base-fedavg-2"
 
 

@@ -169,7 +169,7 @@ def fedmkt(
             bank.forget(merged.outliers)
 
         draws = np.random.default_rng([seed, step])
-        said: dict[str, Any] = {"round": step, "devices": len(replies), **fleet.traffic}
+        said: dict[str, Any] = {"round": step, "devices": len(replies)}
         if cfg.teach_llm and not merged.fault:
             with stage("teach_llm"):
                 teachers = {family.name: bank.teachers(family.name, step) for family in fleet.all}
@@ -223,7 +223,7 @@ def fedmkt(
         rise.keep(figures)
         said |= {f"bits_{name}": round(bits, 4) for name, bits in figures.items() if bits}
         said |= measure() if measure is not None else {}
-        said |= told(merged.outliers, fault)
+        said |= fleet.traffic | told(merged.outliers, fault)
         yield Note(said)
         before = held("discarded" if fault else "kept")
         yield Commit(step, before)

@@ -4,14 +4,24 @@ Knows requests and their answers. Does not know what an algorithm makes of them,
 that is not kept is undone.
 """
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from coordinator.aggregate import Aggregate
 from coordinator.exchange import AdapterExchange
 from coordinator.gate import Gate
-from coordinator.programs import Ask, Blame, Note, Publish, Reply, Request, Withdraw
+from coordinator.programs import (
+    Ask,
+    Blame,
+    Note,
+    Publish,
+    Release,
+    Reply,
+    Request,
+    TaskFor,
+    Withdraw,
+)
 from edge_sdk.errors import QuorumMissed, RemoteProtocolError
 from edge_sdk.train.lora import Factors
 from edge_sdk.wire.messages import ModelReport
@@ -96,8 +106,18 @@ def learn(exchange: AdapterExchange, changes: Sequence[Factors]) -> Generator[Re
         )
 
 
+Offers = Callable[[Release], TaskFor]
+"""How a release is offered to each device."""
+
+
 def tried(
-    wish: Publish, cohort: tuple[str, ...], within_s: float, gate: Gate, *, instead: str
+    wish: Publish,
+    cohort: tuple[str, ...],
+    within_s: float,
+    gate: Gate,
+    *,
+    instead: str,
+    offers: Offers,
 ) -> Generator[Request, Any, tuple[str, tuple[Reply, ...]]]:
     """Publish a release, let devices measure it, and take it back if it is worse than before.
 
@@ -107,11 +127,11 @@ def tried(
     reports: tuple[Reply, ...] = ()
     fault = "it was withdrawn"
     if not release.withdrawn:
-        reports = yield from measured(Ask(release.offer(), cohort, len(cohort), within_s))
+        reports = yield from measured(Ask(offers(release), cohort, len(cohort), within_s))
         fault = gate.reported(reports)
     if fault:
         former = yield Withdraw(wish.family, wish.release, instead, fault)
-        yield from measured(Ask(former.offer(), cohort, len(cohort), within_s))
+        yield from measured(Ask(offers(former), cohort, len(cohort), within_s))
     return fault, reports
 
 
