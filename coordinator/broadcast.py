@@ -6,10 +6,10 @@ tasks, rounds or messages' other fields.
 Three ways, the one of fewest bytes that the device can follow: nothing but the digest (it holds the
 adapter, or draws it from the seed), the differences since the one it confirmed, a whole copy.
 A release of the adapter adopted last goes down by the same differences and the next one, before
-that one is opened.
+that one is opened; who has got them so needs no more than the digest in the next task.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -23,17 +23,22 @@ from edge_sdk.wire.messages import AdapterDelta
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """The fields of a TrainAdapter that say what to begin with."""
+    """The fields of a TrainAdapter that say what to begin with.
+
+    `since`: the digest that the differences begin at, whether they are here or came with a release.
+    """
 
     adapter: bytes
     digest: bytes = b""
     deltas: tuple[AdapterDelta, ...] = ()
+    since: bytes = b""
 
 
 class _State(msgspec.Struct):
     chain: bytes
     first: bytes
     confirmed: dict[str, bytes]
+    released: dict[str, bytes] = {}
 
 
 class Broadcast:
@@ -44,6 +49,7 @@ class Broadcast:
         self._chain = Chain(first if now is None else now, ratio=ratio)
         self._first = digest_of(first)
         self._confirmed: dict[str, bytes] = {}
+        self._released: dict[str, bytes] = {}  # device -> digest that a release's `ahead` led to
 
     def adopt(self, target: Factors) -> Factors:
         """What devices will read of `target`, for everyone here to use in its place.
@@ -66,18 +72,29 @@ class Broadcast:
         """Of the adapter adopted last."""
         return self._chain.digest
 
-    def carried(self, device: str, *, whole: bool) -> Carried:
-        """What `device` needs to begin with the opened adapter; `whole` if it asked for a copy."""
-        digest = self._chain.digest
-        links = self._chain.since(self._confirmed.get(device, self._first))
-        if whole or links is None:
+    def carried(self, device: str, *, lacks: Collection[str] = ()) -> Carried:
+        """What `device` needs to begin with the opened adapter.
+
+        `lacks`: what it said it lacked of this task. With "adapter" it gets a copy, with anything
+        else the differences again that a release brought.
+        """
+        digest, since = self._chain.digest, self._confirmed.get(device, self._first)
+        if not lacks and self._released.get(device) == digest:
+            return Carried(b"", digest, since=since)
+        links = self._chain.since(since)
+        if "adapter" in lacks or links is None:
             return Carried(to_bytes(self._chain.tensors), digest)
-        return Carried(b"", digest, _deltas(links))
+        return Carried(b"", digest, _deltas(links), since)
 
     def ahead(self, device: str) -> Carried | None:
         """What `device` needs to make the adapter adopted last; None if a whole one takes less."""
-        links = self._chain.ahead(self._confirmed.get(device, self._first))
-        return None if links is None else Carried(b"", self._chain.digest, _deltas(links))
+        since = self._confirmed.get(device, self._first)
+        links = self._chain.ahead(since)
+        return None if links is None else Carried(b"", self._chain.digest, _deltas(links), since)
+
+    def released(self, device: str) -> None:
+        """Note that `device` has got `ahead` with a release: a task need not say it again."""
+        self._released[device] = self._chain.digest
 
     def confirm(self, device: str, digest: bytes) -> None:
         """Note that `device` holds the adapter of this digest."""
@@ -87,11 +104,14 @@ class Broadcast:
     def keep_confirmed(self, other: "Broadcast") -> None:
         """Know what `other` knows devices to hold, on top of what is known here."""
         self._confirmed |= other._confirmed
+        self._released |= other._released
 
     def to_bytes(self) -> bytes:
         """All of it; equal states give equal bytes."""
         confirmed = dict(sorted(self._confirmed.items()))
-        return msgspec.msgpack.encode(_State(self._chain.to_bytes(), self._first, confirmed))
+        released = dict(sorted(self._released.items()))
+        state = _State(self._chain.to_bytes(), self._first, confirmed, released)
+        return msgspec.msgpack.encode(state)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, ratio: float) -> "Broadcast":
@@ -99,7 +119,7 @@ class Broadcast:
         state = msgspec.msgpack.decode(data, type=_State)
         made = cls.__new__(cls)
         made._chain, made._first = Chain.from_bytes(state.chain, ratio=ratio), state.first
-        made._confirmed = state.confirmed
+        made._confirmed, made._released = state.confirmed, state.released
         return made
 
 

@@ -185,6 +185,11 @@ class AdapterExchange:
             targets=self.spec.targets,
         )
 
+    def released(self, device: str) -> None:
+        """Note that `device` has reported on the release that it was offered with a `source`."""
+        if self._broadcast is not None and self.source(device) is not None:
+            self._broadcast.released(device)
+
     def learn_codec(self, changes: Sequence[Factors]) -> None:
         """Fit the learned codec on decoded updates and ask for it from now on.
 
@@ -219,10 +224,10 @@ class AdapterExchange:
             known, start = self.about(device, step), whole
             codec = self.codec_for(known.reads)
             if broadcast is not None and reads_deltas(known.reads):
-                start = broadcast.carried(device, whole="adapter" in known.lacks)
+                start = broadcast.carried(device, lacks=known.lacks)
             held = device in holders.get(codec.codec_id, ())
-            if start.deltas and codec.changes:  # then it makes the codec from the one it holds
-                held |= device in holders.get(at.get(start.deltas[0].base, ""), ())
+            if start.since and codec.changes:  # then it makes the codec from the one it holds
+                held |= device in holders.get(at.get(start.since, ""), ())
             packed = b"" if held and "codec" not in known.lacks else codec.to_bytes()
             task = TrainAdapter(
                 task_id=f"train-{step}",

@@ -259,6 +259,8 @@ class Families:
                 offers=family.offers,
             )
             reports += own
+            for reply in own if wish.release == family.made else ():
+                family.exchange.released(reply.device)
             if fault:
                 for other, former in zip(self.all[:i], wishes[:i], strict=True):
                     yield from _take_back(other, former, within_s, f"{family.name}: {fault}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from edge_sdk.wire.messages import AnyMessage
 
 OFFER, SYNTHETIC, FEEDBACK, CODEC, OWN = "offer", "synthetic", "feedback", "codec", "own"
-ADAPTERS, WORDS = "adapters", "words"
+ADAPTERS, WORDS, RELEASED = "adapters", "words", "released"
 """Names under which the device remembers things between tasks."""
 
 Recall = Callable[[str], bytes]

@@ -13,7 +13,17 @@ from edge_sdk.calibration import fit_temperature, tempered
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import Lacking, RuntimeFailure
-from edge_sdk.handled import ADAPTERS, CODEC, FEEDBACK, OWN, SYNTHETIC, Event, Handled, Recall
+from edge_sdk.handled import (
+    ADAPTERS,
+    CODEC,
+    FEEDBACK,
+    OWN,
+    RELEASED,
+    SYNTHETIC,
+    Event,
+    Handled,
+    Recall,
+)
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.train.policy import Gate, Policy, Spare
@@ -133,12 +143,13 @@ class LearningDesk:
         examples = [(x.text, x.label) for x in self._examples.training()]
         if not examples:
             raise RuntimeFailure("this device has no examples to train on")
-        codec, feedback = self._codec(order)
         try:
-            from edge_sdk.train.held import HeldAdapters
+            from edge_sdk.train.held import HeldAdapters, completed
             from edge_sdk.train.local import train_locally, with_change
         except ImportError as exc:
             raise RuntimeFailure("training needs the train extra, absent on this device") from exc
+        order = completed(order, self._recall(RELEASED))
+        codec, feedback = self._codec(order)
         if self._gate is not None:
             self._gate()  # before memory is taken
         adapters = HeldAdapters.from_bytes(self._recall(ADAPTERS))

@@ -9,11 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edge_sdk.abilities import reads
 from edge_sdk.collect import ExampleStore
 from edge_sdk.config import EdgeConfig
 from edge_sdk.errors import RuntimeFailure, TrustError
-from edge_sdk.handled import ADAPTERS, FEEDBACK, OFFER, Event, Handled, Recall
+from edge_sdk.handled import ADAPTERS, FEEDBACK, OFFER, RELEASED, Event, Handled, Recall
 from edge_sdk.measure import Stopwatch, peak_mb
 from edge_sdk.models import Held, ModelStore
 from edge_sdk.wire.messages import (
@@ -99,14 +101,19 @@ class ModelDesk:
         if accepted and offer.family not in accepted:
             raise RuntimeFailure(f"family {offer.family} is not one this device accepts")
         offer, watch = unpacked(offer), Stopwatch()
+        keep: dict[str, bytes] = {}
         with watch.stage("verify"):
             missing = self._models.missing(offer, now=now)
+        if offer.source is not None:
+            keep[RELEASED] = msgspec.msgpack.encode(offer.source)  # the next task's differences
         if missing and offer.source is not None:
             with watch.stage("make"):
                 missing = self._make(offer, offer.source, missing, now)
         if missing:
-            return Handled((WantFiles(offer.task_id, missing),), {OFFER: encode(offer)})
-        return self._install(offer, now, watch)
+            keep[OFFER] = encode(msgspec.structs.replace(offer, source=None))
+            return Handled((WantFiles(offer.task_id, missing),), keep)
+        handled = self._install(offer, now, watch)
+        return Handled(handled.replies, {**handled.remember, **keep})
 
     def _make(
         self, offer: OfferModel, source: AdapterSource, missing: tuple[str, ...], now: datetime

@@ -19,7 +19,7 @@ from coordinator.config import AdapterSection
 from coordinator.exchange import AdapterExchange, LocalTraining
 from coordinator.programs import Note, Release, Reply
 from edge_sdk.errors import Lacking
-from edge_sdk.train.held import HeldAdapters
+from edge_sdk.train.held import HeldAdapters, completed
 from edge_sdk.train.lora import LoraSpec, from_bytes, start_factors
 from edge_sdk.wire.messages import AdapterSource, AdapterUpdate, TrainAdapter, encode
 
@@ -38,6 +38,7 @@ class Fleet:
         self.codecs: dict[str, Compressor] = {}  # the newest of each device
         self.feedback = {name: FeedbackState() for name in names}
         self.began: dict[str, dict[str, np.ndarray]] = {}
+        self.released = dict.fromkeys(names, b"")  # what came with the last release
         self.tasks: list[TrainAdapter] = []
         self.down_ratio = down_ratio
 
@@ -53,6 +54,7 @@ class Fleet:
 
     def answer(self, name: str, task: TrainAdapter) -> Reply:
         self.tasks.append(task)
+        task = completed(task, self.released[name])
         codec = Compressor.from_bytes(task.codec) if task.codec else self.codecs[name]
         codec = codec.followed_to(task.codec_id, [delta.codes for delta in task.deltas])
         self.codecs[name] = codec
@@ -72,6 +74,12 @@ class Fleet:
             codec.raw_bytes, encoded.cosine, {}, 1.0, begun.digest,
         )  # fmt: skip
         return Reply(name, update)
+
+    def release(self, exchange: AdapterExchange, *names: str) -> None:
+        """Offer what was adopted last to `names`, who report on it."""
+        for name in names:
+            self.released[name] = msgspec.msgpack.encode(exchange.source(name))
+            exchange.released(name)
 
     def round(self, exchange: AdapterExchange, step: int, *names: str) -> None:
         """One round in which only `names` are reached."""
@@ -263,6 +271,70 @@ def test_a_release_goes_down_as_the_difference_that_the_next_round_opens() -> No
     assert {name: task(name).deltas for name in fleet.known} == {
         name: one.deltas for name, one in sources.items()
     }
+
+
+def test_what_came_with_a_release_is_not_said_again_in_the_next_task() -> None:
+    fleet, plain = Fleet("a", "bb"), Fleet("a", "bb")
+    exchange, other = fleet.exchange(), plain.exchange()
+
+    for step in range(12):
+        fleet.round(exchange, step, "a", "bb")
+        plain.round(other, step, "a", "bb")
+        fleet.release(exchange, "a")
+        stored = exchange.state()
+        exchange = fleet.exchange()
+        exchange.restore(stored)
+
+    said = {name: list(fleet.tasks[i::2]) for i, name in enumerate(("a", "bb"))}
+    assert not any(task.deltas or task.adapter for task in said["a"])
+    assert not any(task.codec for task in said["a"][1:])
+    assert all(len(task.deltas) == 1 for task in said["bb"][1:])
+    assert same(exchange.factors, other.factors)
+    assert same(fleet.began["a"], plain.began["a"])
+    assert exchange.codec.codec_id == other.codec.codec_id == fleet.codecs["a"].codec_id
+
+
+def test_a_device_that_lost_what_came_with_a_release_is_told_again() -> None:
+    fleet = Fleet("a", "bb", "ccc")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, *fleet.known)
+    fleet.release(exchange, *fleet.known)
+    fleet.released |= {"a": b"", "bb": b"damaged"}
+    fleet.held["bb"] = b""
+    task = exchange.start(1, "base", HOW)
+
+    replies = [fleet.answer("ccc", task("ccc"))]
+    for name in ("a", "bb"):
+        lacks: frozenset[str] = frozenset()
+        while len(lacks) < 3:
+            fleet.known[name] = replace(NEW, lacks=lacks)
+            try:
+                replies.append(fleet.answer(name, task(name)))
+                break
+            except (Lacking, CodecError) as exc:  # the codec is looked at first
+                lacks |= set(getattr(exc, "lacks", ("codec",)))
+        assert lacks == {"codec"}  # it comes with the differences; bb draws what they start from
+    exchange.receive(replies)
+
+    assert same(fleet.began["a"], fleet.began["ccc"])
+    assert same(fleet.began["bb"], fleet.began["ccc"])
+
+
+def test_a_release_of_a_round_that_was_taken_back_counts_for_nothing() -> None:
+    fleet = Fleet("a", "bb")
+    exchange = fleet.exchange()
+    fleet.round(exchange, 0, "a", "bb")
+    fleet.release(exchange, "a", "bb")
+    before = exchange.state()
+    fleet.round(exchange, 1, "a")
+    fleet.release(exchange, "a", "bb")
+
+    exchange.roll_back(before)
+
+    fleet.round(exchange, 2, "a", "bb")
+    assert fleet.tasks[-2].deltas == ()  # it has trained from it
+    assert len(fleet.tasks[-1].deltas) == 1  # it has now kept the newer release's instead
+    assert same(fleet.began["a"], fleet.began["bb"])
 
 
 def test_who_gets_a_release_whole() -> None:

@@ -135,7 +135,7 @@ def test_crosslm_from_enrolment_to_the_last_release(live: Callable[[str], Life])
     done = life.told("done")[0]
     assert done["devices"] == ["garage-1", "kitchen-1"]
     assert all(counted["up"] > 0 for counted in done["bytes_by_device"].values())
-    assert life.told("reply_refused") == []
+    assert life.told("reply_refused") == life.told("refused") == []
     assert TASK.labels == life.service.config.task.labels
 
 
@@ -156,6 +156,7 @@ def test_a_stopped_service_goes_on_where_it_was(live: Callable[[str], Life]) -> 
     assert done
     steps = [(e["run"], e["step"]) for e in life.told("committed")]
     assert len(steps) == len(set(steps)) == 3  # the offer and two rounds, each once
+    assert life.told("refused") == []
     assert len(life.told("files")) == 2  # of the base: both adapters were made on the devices
     assert life.service.registry.promoted("tiny").release == "base-fedavg-2"
 

@@ -13,7 +13,7 @@ import pytest
 
 from compression.downlink import Chain
 from edge_sdk.collect import ExampleStore
-from edge_sdk.handled import ADAPTERS, OFFER
+from edge_sdk.handled import ADAPTERS, OFFER, RELEASED
 from edge_sdk.model_tasks import ModelDesk
 from edge_sdk.models import ModelStore
 from edge_sdk.train.held import HeldAdapters
@@ -26,6 +26,7 @@ from edge_sdk.wire.messages import (
     ModelReport,
     OfferModel,
     WantFiles,
+    decode,
     encode,
 )
 from exporters.bundle import read_manifest, write_adapter_release
@@ -129,6 +130,9 @@ def test_it_makes_the_signed_files_from_the_adapter_it_trained_with(world: World
     assert adapter is not None
     assert adapter.read_bytes() == world.publisher.read(FILES[1])
     assert world.memory[ADAPTERS] == world.held
+    assert msgspec.msgpack.decode(world.memory[RELEASED], type=AdapterSource) == world.source(
+        world.base
+    )
     assert not list((world.folder / "models" / "bundles").glob(".new-*"))
 
 
@@ -167,7 +171,7 @@ def test_what_it_cannot_make_it_fetches(world: World, source, held: bool) -> Non
     (want,) = replies
     assert isinstance(want, WantFiles)
     assert set(want.paths) == set(FILES)
-    assert world.memory[OFFER]
+    assert decode(world.memory[OFFER]) == world.offer(None)
     assert world.fetched(replies).release == "m1"
 
 

@@ -14,7 +14,7 @@ from compression.downlink import Chain, digest_of
 from edge_sdk import learning_tasks
 from edge_sdk.collect import Example
 from edge_sdk.errors import Lacking, RuntimeFailure
-from edge_sdk.handled import ADAPTERS, FEEDBACK, Handled
+from edge_sdk.handled import ADAPTERS, FEEDBACK, RELEASED, Handled
 from edge_sdk.train import local
 from edge_sdk.train.held import HeldAdapters
 from edge_sdk.train.lora import (
@@ -26,7 +26,14 @@ from edge_sdk.train.lora import (
     to_bytes,
     wire_exact,
 )
-from edge_sdk.wire.messages import AdapterDelta, AdapterUpdate, Refused, TextTask, TrainAdapter
+from edge_sdk.wire.messages import (
+    AdapterDelta,
+    AdapterSource,
+    AdapterUpdate,
+    Refused,
+    TextTask,
+    TrainAdapter,
+)
 from tests.edge_world import TASK, codec_for_rank_2, config, order
 
 SHAPES = codec_for_rank_2().layout
@@ -128,6 +135,37 @@ def test_it_trains_on_what_differences_lead_to_and_says_what_it_holds(
     assert not any(value.any() for value in desk.ahead[0].values())
     assert all(value.any() for value in desk.ahead[1].values())
     assert desk.held == (first.digest, two.digest, one.digest)
+
+
+def test_differences_that_came_with_a_release_serve_the_next_task(
+    tmp_path: Path, began: list[Factors]
+) -> None:
+    first, one = chain_of(0), chain_of(1)
+    whole = down(one, first.digest)
+    short = msgspec.structs.replace(whole, deltas=())
+    desk = Desk(tmp_path)
+    desk.do(order(digest=first.digest))
+    before = dict(desk.memory)
+
+    for kept in (b"", b"damaged", source(one, digest=first.digest)):
+        desk.memory[RELEASED] = kept
+        with pytest.raises(Lacking):
+            desk.do(short)
+    desk.memory[RELEASED] = source(one)
+    made = desk.do(short)
+    desk.memory = before
+    told = desk.do(whole)
+
+    assert isinstance(made, AdapterUpdate)
+    assert isinstance(told, AdapterUpdate)
+    assert (made.codes, made.holds) == (told.codes, one.digest)
+
+
+def source(chain: Chain, *, digest: bytes = b"") -> bytes:
+    """What a device keeps of the offer of a release of the chain's adapter."""
+    deltas = down(chain, chain_of(0).digest).deltas
+    made = AdapterSource(digest or chain.digest, deltas, 1, 2, 4.0, ("q_proj",))
+    return msgspec.msgpack.encode(made)
 
 
 def test_what_it_does_not_hold_is_asked_for_whole(tmp_path: Path, began: list[Factors]) -> None:

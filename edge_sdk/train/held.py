@@ -17,7 +17,7 @@ from compression.downlink import Link, digest_of
 from compression.errors import CodecError
 from edge_sdk.errors import Lacking, RemoteProtocolError
 from edge_sdk.train.lora import Factors, Layout, from_bytes, start_factors, to_bytes
-from edge_sdk.wire.messages import AdapterDelta, TrainAdapter
+from edge_sdk.wire.messages import AdapterDelta, AdapterSource, TrainAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,23 @@ MOST_HELD = 3
 """The newest, the one before it, and one that was taken back in between."""
 
 _decoder = msgspec.msgpack.Decoder(list[tuple[bytes, bytes]])
+_source = msgspec.msgpack.Decoder(AdapterSource)
+
+
+def completed(order: TrainAdapter, released: bytes) -> TrainAdapter:
+    """Return the order with the differences that came with a release, where it leaves them out.
+
+    `released` is the encoded AdapterSource of the last one, b"" for none.
+    """
+    if not order.digest or order.adapter or order.deltas or not released:
+        return order
+    try:
+        source = _source.decode(released)
+    except msgspec.DecodeError as exc:
+        logger.warning("the differences kept here are lost: %s", exc)
+        return order
+    fits = source.digest == order.digest
+    return msgspec.structs.replace(order, deltas=source.deltas) if fits else order
 
 
 class HeldAdapters:
