@@ -22,6 +22,8 @@ from edge_sdk.errors import Lacking
 from edge_sdk.train.held import HeldAdapters, completed
 from edge_sdk.train.lora import LoraSpec, from_bytes, start_factors
 from edge_sdk.wire.messages import AdapterSource, AdapterUpdate, TrainAdapter, encode
+from edge_sdk.wire.offers import packed
+from tests.edge_world import releases
 
 LAYOUT = {f"{i}.lora_{half}": (8, 64) if half == "A" else (64, 8) for i in "pq" for half in "AB"}
 SPEC = LoraSpec(8, 16.0, ("p", "q"))
@@ -513,9 +515,10 @@ def test_a_codec_that_fell_back_for_most_of_a_round_has_aged() -> None:
 
 
 def test_an_adapter_update_is_below_one_percent_of_the_shipped_model(
-    record_property: Callable[[str, object], None],
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """The whole task message, at the default settings, against the files of examples/models."""
+    """Whole messages, at the default settings, against the files of examples/models: the task of a
+    device that got no release, and offer and task of one that did."""
     folder = Path(__file__).parent.parent / "examples/models/slm-a"
     shape = json.loads((folder / "config.json").read_text())
     wide, inner = shape["hidden_size"], shape["intermediate_size"]
@@ -536,14 +539,23 @@ def test_an_adapter_update_is_below_one_percent_of_the_shipped_model(
     moved = {k: v + rng.normal(0, 0.01, v.shape) for k, v in exchange.factors.items()}
     exchange.set_global({k: v.astype(np.float32) for k, v in moved.items()})
 
-    task = exchange.start(1, "base", HOW)("a")
+    metadata = releases(tmp_path).metadata()
+    release = Release("slm", "a1", ("slm/a1/symbiont.json", "slm/a1/x.onnx_adapter"), metadata)
 
-    without_codec = len(encode(msgspec.structs.replace(task, codec=b"")))
+    offer = len(encode(packed(release.offer(source=exchange.source("a")))))
+    exchange.released("a")
+    tasks = exchange.start(1, "base", HOW)
+
+    short, without_codec = (
+        len(encode(msgspec.structs.replace(tasks(name), codec=b""))) for name in ("a", "b")
+    )
     model = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".md")
     whole = 2 * sum(a * b for a, b in layout.values())
-    record_property("bytes", f"update {without_codec}, whole adapter {whole}, model {model}")
+    told = f"update {without_codec}, offer {offer} and update {short}"
+    record_property("bytes", f"{told}, whole adapter {whole}, model {model}")
     assert set(adapter.targets) == set(sizes)
     assert without_codec < 0.01 * model
+    assert offer + short < 0.01 * model
     assert whole > 0.05 * model
 
 
