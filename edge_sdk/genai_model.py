@@ -12,6 +12,7 @@ Knows genai's calls and their dangers. Does not know text: it takes and gives to
 """
 
 import json
+import platform
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,22 +24,35 @@ import numpy as np
 from edge_sdk.adapters import AdapterShelf, Slots
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Request
+from edge_sdk.graphs import CONFIG_FILE
 from edge_sdk.labels import F32
-from edge_sdk.prompts import READ_TOKENS, Tokens
+from edge_sdk.prompts import FIRST_TOKENS, READ_TOKENS, Tokens
 
 _NO_TOKEN = -1
-_QUICK, _ADAPTED, _WHOLE = range(3)
-_GRAPHS = ("answer.onnx", "answer_adapted.onnx", "model.onnx")
-"""The last row's logits; the same with slots for adapters; all rows' logits with slots."""
+PROMPT_FILE = "prompt.onnx"
+_FIRST, _QUICK, _ADAPTED, WHOLE = range(4)
+_GRAPHS = (PROMPT_FILE, "answer.onnx", "answer_adapted.onnx", "model.onnx")
+"""The second, with the first to read what comes first (exporters/prompt_graph.py), which cannot be
+rewound and would ignore adapters; the last row's logits; the same with slots for adapters; all
+rows' logits with slots."""
+_MACHINES = ("x86_64", "amd64")
+"""Where 8-bit weights read a prompt more quickly. Not ARM, where 4 bits have kernels of their own;
+that was not measured."""
 
 
 class GenaiModel:
     """A model in memory; its methods may be called from several threads."""
 
     def __init__(
-        self, folder: Path, slots: Slots, *, session_options: Mapping[str, object]
+        self,
+        folder: Path,
+        slots: Slots,
+        *,
+        session_options: Mapping[str, object],
+        reads_apart: bool = True,
     ) -> None:
-        """Load the bundle in `folder`; `session_options` are ONNX Runtime's.
+        """Load the bundle in `folder`; `session_options` are ONNX Runtime's. `reads_apart`: let a
+        graph of its own read prompts, where there is one, which takes memory.
 
         Raises:
             RuntimeFailure: it cannot be loaded, or the infer extra is missing.
@@ -46,23 +60,54 @@ class GenaiModel:
         self._og = import_genai()
         self._lock = threading.Lock()
         self._folder, self._session_options = folder, session_options
-        self._graph, self._model, adapters = self._load(_QUICK)
+        self._reads_apart = reads_apart and platform.machine().lower() in _MACHINES
+        self._graph, self._model, adapters = self._load(_FIRST)
         self._shelf = AdapterShelf(adapters, slots)
 
     def _load(self, wanted: int) -> tuple[int, Any, Any]:
         """The number of the quickest graph that does what `wanted` does, its model and adapters."""
         settings: dict[str, Any] = {"session_options": self._session_options}
-        names = [name for name in _GRAPHS[wanted:-1] if (self._folder / name).is_file()]
+        names = [name for name in _GRAPHS[wanted:-1] if self._has(name)]
         if names:  # else the one that genai_config.json names, which is whole
             settings["filename"] = names[0]
+        told: dict[str, Any] = {"pad_token_id": _NO_TOKEN, "decoder": settings}
         try:
+            if names[:1] == [PROMPT_FILE]:
+                told["type"], settings["pipeline"] = "decoder-pipeline", self._stages()
             config = self._og.Config(str(self._folder))
-            config.overlay(json.dumps({"model": {"pad_token_id": _NO_TOKEN, "decoder": settings}}))
+            config.overlay(json.dumps({"model": told}))
             model = self._og.Model(config)
-            graph = _GRAPHS.index(names[0]) if names else _WHOLE
+            graph = _GRAPHS.index(names[0]) if names else WHOLE
             return graph, model, self._og.Adapters(model)
-        except (RuntimeError, TypeError, ValueError) as exc:
+        except (RuntimeError, TypeError, ValueError, KeyError, OSError) as exc:
             raise RuntimeFailure(f"the bundle {self._folder} cannot be loaded: {exc}") from exc
+
+    def _has(self, name: str) -> bool:
+        both = self._reads_apart and (self._folder / _GRAPHS[_QUICK]).is_file()
+        return (both or name != PROMPT_FILE) and (self._folder / name).is_file()
+
+    def _stages(self) -> list[dict[str, Any]]:
+        """Settings that let PROMPT_FILE read what comes first and the quickest graph the rest."""
+        decoder = json.loads((self._folder / CONFIG_FILE).read_bytes())["model"]["decoder"]
+        layers = range(int(decoder["num_hidden_layers"]))
+        names = {
+            side: [
+                named
+                for name in decoder[side].values()
+                for named in ([name % i for i in layers] if "%d" in name else [name])
+            ]
+            for side in ("inputs", "outputs")
+        }
+        options = {**decoder.get("session_options", {}), **self._session_options}
+
+        def stage(file: str, *, first: bool) -> dict[str, Any]:
+            when = {"run_on_prompt": first, "run_on_token_gen": not first}
+            return {**names, **when, "filename": file, "session_options": options}
+
+        return [
+            {"first": stage(PROMPT_FILE, first=True)},
+            {"later": stage(_GRAPHS[_QUICK], first=False)},
+        ]
 
     def _reach(self, wanted: int) -> None:
         """Have a graph in memory that does what `wanted` does."""
@@ -89,7 +134,7 @@ class GenaiModel:
         with self._lock:
             self._opened()
             before = self._graph
-            self._reach(min(before + 1, _WHOLE))
+            self._reach(min(before + 1, WHOLE))
             return self._graph > before
 
     def close(self) -> None:
@@ -118,11 +163,13 @@ class GenaiModel:
         limit: int,
         rows: int = 1,
         every_row: bool = False,
+        rewinds: bool = False,
         **search: Any,
     ) -> Any:
         """Return a generator that has read nothing; `limit` counts prompt and answer.
 
         With `every_row` its output "logits" has those of every token just read, not the last only.
+        It can be rewound if `rewinds` is said.
 
         Raises:
             RuntimeFailure: the model is closed, there is no such adapter, or genai refuses the
@@ -131,8 +178,8 @@ class GenaiModel:
         search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
         with self._lock:
             self._opened()
-            if every_row:
-                self._reach(_WHOLE)
+            if every_row or rewinds:
+                self._reach(WHOLE if every_row else _QUICK)
             model = self._model
             try:
                 params = self._og.GeneratorParams(model)
@@ -145,28 +192,32 @@ class GenaiModel:
                 raise RuntimeFailure(f"the model refused the request: {exc}") from exc
         return generator
 
+    @property
+    def at_once(self) -> int:
+        """How many tokens of a prompt are read at once."""
+        return FIRST_TOKENS if self._graph == _FIRST else READ_TOKENS
+
+    def read(self, generator: Any, rows: Sequence[Tokens]) -> None:
+        """Let a generator read its prompts, one in steps, several at once and padded on the right.
+
+        Raises:
+            RuntimeFailure: genai refuses.
+        """
+        width = max(map(len, rows))
+        ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        step = self.at_once if len(rows) == 1 else width
+        try:
+            for at in range(0, width, step):
+                generator.append_tokens(ids[:, at : at + step])
+        except (RuntimeError, TypeError) as exc:
+            raise RuntimeFailure(f"the model refused the request: {exc}") from exc
+
     def _opened(self) -> Any:
         if self._model is None:
             raise RuntimeFailure("the session is closed; open it again")
         return self._model
-
-
-def read(generator: Any, rows: Sequence[Tokens]) -> None:
-    """Let a generator read its prompts, one in steps, several at once and padded on the right.
-
-    Raises:
-        RuntimeFailure: genai refuses.
-    """
-    width = max(map(len, rows))
-    ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    step = READ_TOKENS if len(rows) == 1 else width
-    try:
-        for at in range(0, width, step):
-            generator.append_tokens(ids[:, at : at + step])
-    except (RuntimeError, TypeError) as exc:
-        raise RuntimeFailure(f"the model refused the request: {exc}") from exc
 
 
 def logits(generator: Any) -> F32:

@@ -22,7 +22,7 @@ from edge_sdk.answer import Answer, Strand, stopped_by
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.conversation import Conversation
 from edge_sdk.errors import ConfigError, RuntimeFailure
-from edge_sdk.genai_model import GenaiModel, logits, read
+from edge_sdk.genai_model import GenaiModel, logits
 from edge_sdk.generation import Options, Request
 from edge_sdk.json_answers import check_whole
 from edge_sdk.labels import F32, accuracy
@@ -90,9 +90,9 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
             tokenizer = load_tokenizer(files.folder)
         except ConfigError as exc:
             raise RuntimeFailure(f"the bundle {files.folder} cannot be loaded: {exc}") from exc
-        self._model = GenaiModel(files.folder, slots, session_options=own)
-        task = task or (manifest.task if manifest else None)
         tight = memory_mb is not None
+        self._model = GenaiModel(files.folder, slots, session_options=own, reads_apart=not tight)
+        task = task or (manifest.task if manifest else None)
         at_once = READ_TOKENS if tight else BATCH_TOKENS
         WordLabels.__init__(self, task, tokenizer, context=limit, batch_tokens=at_once)
         self._many_tokens = limit if tight else MANY_TOKENS
@@ -143,7 +143,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         request = self.request(options)
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + request.max_tokens)
-        generator = self.generator(request, limit=limit)
+        generator = self._model.generator(request, limit=limit)
         return self.answer(generator, request, unread=ids, prompt_tokens=len(ids))
 
     def generate_many(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
@@ -167,7 +167,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
             width = max(len(rows[i]) for i in batch)
             room = min(request.max_tokens, self.context - width)
             generator = self._model.generator(request, limit=width + room, rows=len(batch))
-            read(generator, [rows[i] for i in batch])
+            self._model.read(generator, [rows[i] for i in batch])
             write_many(generator, together, request, limit=room, started=started)
         for strand in strands if request.schema else ():
             check_whole(strand.finish, len(strand.tokens))
@@ -182,7 +182,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + SPEED_TOKENS)
         generator = self._model.generator(self.request({}), limit=limit, min_length=limit)
-        read(generator, [ids])
+        self._model.read(generator, [ids])
         generator.generate_next_token()  # reading a prompt has another speed
         started, count = time.perf_counter(), 0
         while not generator.is_done():
@@ -231,7 +231,8 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         return replace(request, adapter=name, stop=request.stop + stops)
 
     def generator(self, request: Request, *, limit: int, every_row: bool = False) -> Any:
-        """Return a genai generator that has read nothing; `limit` counts prompt and answer.
+        """Return a genai generator that has read nothing and can be rewound; `limit` counts prompt
+        and answer.
 
         With `every_row` its output "logits" has those of every token just read; without, the
         quickest graph that does may give the last one's only.
@@ -239,7 +240,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         Raises:
             RuntimeFailure: the session is closed, or genai refuses the options or the schema.
         """
-        return self._model.generator(request, limit=limit, every_row=every_row)
+        return self._model.generator(request, limit=limit, every_row=every_row, rewinds=True)
 
     def next_graph(self) -> bool:
         """Open the next graph that an adapter or another request might need; False for none left.
@@ -273,6 +274,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
             strand,
             request,
             unread=unread,
+            step=self._model.at_once,
             prompt_tokens=prompt_tokens,
             limit=limit,
             ended=finished,
@@ -283,5 +285,5 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         width = max(map(len, rows))
         self._check_room(width)
         generator = self._model.generator(self.request({}), limit=width + 1, rows=len(rows))
-        read(generator, rows)
+        self._model.read(generator, rows)
         return logits(generator)

@@ -4,9 +4,9 @@ Knows onnxruntime-genai's model builder and what a bundle folder holds. Does not
 adapters' contents or who trained the model.
 
 The folder loads unchanged in onnxruntime-genai, onnxruntime and transformers' tokenizer and
-config loaders: model.onnx with one data file, two quicker graphs over the same data
-(answer.onnx, and answer_adapted.onnx with adapters), genai_config.json, config.json, the
-tokenizer's files, weights.json (compression.int4), golden.json and symbiont.json.
+config loaders: model.onnx with one data file, quicker graphs over the same data (answer.onnx,
+answer_adapted.onnx with adapters, and for small models prompt.onnx), genai_config.json,
+config.json, the tokenizer's files, weights.json (compression.int4), golden.json and symbiont.json.
 """
 
 import hashlib
@@ -39,6 +39,7 @@ from exporters.parity import (
     ParityLimits,
     check_parity,
 )
+from exporters.prompt_graph import write_prompt_graph
 from exporters.quiet import quiet
 from exporters.task_parity import check_task
 from exporters.weights_index import layer_linears, write_index
@@ -240,7 +241,7 @@ def _finish_graph(model_dir: Path, folder: Path, options: SlmOptions) -> dict[st
     linears = layer_linears(graph, hf_linears)
     if options.compensate:
         round_weights(folder, graph, linears, model_dir)
-    _write_answer_graph(graph, folder / ANSWER_FILE)
+    write_prompt_graph(_write_answer_graph(graph, folder / ANSWER_FILE), folder)
     slots = add_lora_inputs(graph, linears)
     _write_answer_graph(graph, folder / ADAPTED_FILE)
     write_index(
@@ -250,11 +251,12 @@ def _finish_graph(model_dir: Path, folder: Path, options: SlmOptions) -> dict[st
     return slots
 
 
-def _write_answer_graph(graph: onnx.ModelProto, path: Path) -> None:
+def _write_answer_graph(graph: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     cut = onnx.ModelProto()
     cut.CopyFrom(graph)
     keep_last_row(cut)
     onnx.save(cut, str(path))
+    return cut
 
 
 def _mend_shared_embedding(graph: onnx.ModelProto) -> None:
