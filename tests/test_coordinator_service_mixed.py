@@ -206,6 +206,11 @@ def test_both_families_learn_and_score_and_get_the_same_synthetic_texts(life: Li
     assert len(set(sets.values())) == 1
 
 
+def test_devices_of_both_kinds_made_their_adapters_files(life: Life) -> None:
+    """The service is another process; the bases and the last releases are whole models."""
+    assert sorted(event["device"] for event in life.of("files")) == sorted(2 * [*FAMILY_OF])
+
+
 def test_both_families_end_with_a_release_that_runs_and_says_what_it_is_made_from(
     life: Life,
 ) -> None:
