@@ -27,17 +27,17 @@ from edge_sdk.generation import Request
 from edge_sdk.graphs import CONFIG_FILE
 from edge_sdk.labels import F32
 from edge_sdk.prompts import FIRST_TOKENS, READ_TOKENS, Tokens
+from edge_sdk.wire.manifest import PROMPT_FILE
 
 _NO_TOKEN = -1
-PROMPT_FILE = "prompt.onnx"
 _FIRST, _QUICK, _ADAPTED, WHOLE = range(4)
 _GRAPHS = (PROMPT_FILE, "answer.onnx", "answer_adapted.onnx", "model.onnx")
 """The second, with the first to read what comes first (exporters/prompt_graph.py), which cannot be
 rewound and would ignore adapters; the last row's logits; the same with slots for adapters; all
 rows' logits with slots."""
 _QUIETLY = {"session.intra_op.allow_spinning": "0"}
-"""The threads of the one graph must not wait busily while those of the other write: with two threads
-on two cores that halved the speed."""
+"""The threads of the one graph must not wait busily while those of the other write: on two cores
+that halved the speed."""
 _MACHINES = ("x86_64", "amd64")
 """Where 8-bit weights read a prompt more quickly. Not ARM, where 4 bits have kernels of their own;
 that was not measured."""

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx
 
 from edge_sdk.errors import ExportError
-from edge_sdk.genai_model import PROMPT_FILE
+from edge_sdk.wire.manifest import PROMPT_FILE
 from exporters.lora_inputs import places
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from edge_sdk.genai_model import PROMPT_FILE
+from edge_sdk.wire.manifest import PROMPT_FILE
 
 LEAST_BYTES, MOST_BYTES = 4 * 2**20, 32 * 2**20
 """What the 8-bit weights may take. Beyond, they come from memory and not from a cache: a model of

@@ -12,10 +12,10 @@ import pytest
 
 from edge_sdk.adapter_file import write_adapter
 from edge_sdk.errors import RuntimeFailure
-from edge_sdk.genai_model import PROMPT_FILE
 from edge_sdk.graphs import check_bundle
 from edge_sdk.prompts import FIRST_TOKENS, READ_TOKENS
 from edge_sdk.runtime import SlmSession
+from edge_sdk.wire.manifest import PROMPT_FILE
 from exporters import prompt_graph
 from exporters.bundle import read_manifest
 from exporters.parity import ANSWER_FILE, ParityLimits, empty_cache_feed, open_session

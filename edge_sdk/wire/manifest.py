@@ -16,6 +16,7 @@ from edge_sdk.wire.messages import Count, FilePath, Name, Text, TextTask, Word
 
 MANIFEST_FILE = "symbiont.json"
 ADAPTER_FILE = "adapter.onnx_adapter"
+PROMPT_FILE = "prompt.onnx"
 GOLDEN_FILE = "golden.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 """A manifest above this is refused before it is parsed; a 70 B model's is under 200 KiB."""
