@@ -12,7 +12,7 @@ import numpy as np
 
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Request
-from edge_sdk.prompts import Tokens
+from edge_sdk.prompts import READ_TOKENS, Tokens
 from edge_sdk.stops import StopFilter
 
 if TYPE_CHECKING:
@@ -106,19 +106,17 @@ class Answer(Iterator[str]):
         request: Request,
         *,
         unread: Tokens,
-        step: int,
         prompt_tokens: int,
         limit: int,
         ended: "Callable[[Answer], None]",
     ) -> None:
-        """`unread` is read `step` tokens at once, `limit` is the most tokens of the answer; `ended`
-        is called once, whatever the end."""
+        """`limit` is the most tokens of the answer; `ended` is called once, whatever the end."""
         self._strand, self._ended = strand, ended
         self.prompt_tokens, self.read_tokens = prompt_tokens, len(unread)
         self.first_token_s = self.tokens_per_s = 0.0
         self._started = time.perf_counter()
         self._open = True
-        self._pieces = self._write(generator, request, unread, step, limit)
+        self._pieces = self._write(generator, request, unread, limit)
 
     def __next__(self) -> str:
         try:
@@ -166,14 +164,14 @@ class Answer(Iterator[str]):
             self._ended(self)
 
     def _write(
-        self, generator: Any, request: Request, unread: Tokens, step: int, limit: int
+        self, generator: Any, request: Request, unread: Tokens, limit: int
     ) -> Generator[str, None, None]:
         strand = self._strand
-        for at in range(0, len(unread), step):
+        for at in range(0, len(unread), READ_TOKENS):
             if stopped := stopped_by(request, self._started):
                 strand.end(stopped)
                 return
-            generator.append_tokens(np.asarray([unread[at : at + step]], np.int32))
+            generator.append_tokens(np.asarray([unread[at : at + READ_TOKENS]], np.int32))
         first = 0.0
         while not (stopped := stopped_by(request, self._started)):
             generator.generate_next_token()

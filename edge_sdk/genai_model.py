@@ -8,7 +8,8 @@ Knows genai's calls and their dangers. Does not know text: it takes and gives to
   by several units). `rewind_to` a place before the picked token and appending it again is exact.
 - A bundle may hold several graphs over the same weights (exporters/slm.py). The quickest that does
   what was asked is in memory, one at a time: the first adapter, or the first request for every
-  row's logits, replaces it; answers already begun keep theirs.
+  row's logits, replaces it; answers already begun keep theirs. Beside the very quickest there may
+  be one for requests that read more than they write (exporters/prompt_graph.py).
 """
 
 import json
@@ -24,20 +25,14 @@ import numpy as np
 from edge_sdk.adapters import AdapterShelf, Slots
 from edge_sdk.errors import RuntimeFailure
 from edge_sdk.generation import Request
-from edge_sdk.graphs import CONFIG_FILE
 from edge_sdk.labels import F32
-from edge_sdk.prompts import FIRST_TOKENS, READ_TOKENS, Tokens
+from edge_sdk.prompts import READ_TOKENS, Tokens
 from edge_sdk.wire.manifest import PROMPT_FILE
 
 _NO_TOKEN = -1
-_FIRST, _QUICK, _ADAPTED, WHOLE = range(4)
-_GRAPHS = (PROMPT_FILE, "answer.onnx", "answer_adapted.onnx", "model.onnx")
-"""The second, with the first to read what comes first (exporters/prompt_graph.py), which cannot be
-rewound and would ignore adapters; the last row's logits; the same with slots for adapters; all
-rows' logits with slots."""
-_QUIETLY = {"session.intra_op.allow_spinning": "0"}
-"""The threads of the one graph must not wait busily while those of the other write: on two cores
-that halved the speed."""
+_QUICK, _ADAPTED, _WHOLE = range(3)
+_GRAPHS = ("answer.onnx", "answer_adapted.onnx", "model.onnx")
+"""The last row's logits; the same with slots for adapters; all rows' logits with slots."""
 _MACHINES = ("x86_64", "amd64")
 """Where 8-bit weights read a prompt more quickly. Not ARM, where 4 bits have kernels of their own;
 that was not measured."""
@@ -54,8 +49,8 @@ class GenaiModel:
         session_options: Mapping[str, object],
         reads_apart: bool = True,
     ) -> None:
-        """Load the bundle in `folder`; `session_options` are ONNX Runtime's. `reads_apart`: let a
-        graph of its own read prompts, where there is one, which takes memory.
+        """Load the bundle in `folder`; `session_options` are ONNX Runtime's. `reads_apart`: for
+        requests that mostly read, load a second graph where there is one and it is quicker.
 
         Raises:
             RuntimeFailure: it cannot be loaded, or the infer extra is missing.
@@ -64,61 +59,43 @@ class GenaiModel:
         self._lock = threading.Lock()
         self._folder, self._session_options = folder, session_options
         self._reads_apart = reads_apart and platform.machine().lower() in _MACHINES
-        self._graph, self._model, adapters = self._load(_FIRST)
+        self._reader: Any = None
+        self._graph, self._model, adapters = self._load(_QUICK)
         self._shelf = AdapterShelf(adapters, slots)
 
     def _load(self, wanted: int) -> tuple[int, Any, Any]:
         """The number of the quickest graph that does what `wanted` does, its model and adapters."""
+        names = [name for name in _GRAPHS[wanted:-1] if (self._folder / name).is_file()]
+        model = self._open(names[0] if names else "")
+        return _GRAPHS.index(names[0]) if names else _WHOLE, model, self._og.Adapters(model)
+
+    def _open(self, file: str) -> Any:
+        """The model of the graph `file`; of the one that genai_config.json names, if empty."""
         settings: dict[str, Any] = {"session_options": self._session_options}
-        names = [name for name in _GRAPHS[wanted:-1] if self._has(name)]
-        if names:  # else the one that genai_config.json names, which is whole
-            settings["filename"] = names[0]
-        told: dict[str, Any] = {"pad_token_id": _NO_TOKEN, "decoder": settings}
+        if file:
+            settings["filename"] = file
         try:
-            if names[:1] == [PROMPT_FILE]:
-                told["type"], settings["pipeline"] = "decoder-pipeline", self._stages()
             config = self._og.Config(str(self._folder))
-            config.overlay(json.dumps({"model": told}))
-            model = self._og.Model(config)
-            graph = _GRAPHS.index(names[0]) if names else WHOLE
-            return graph, model, self._og.Adapters(model)
-        except (RuntimeError, TypeError, ValueError, KeyError, OSError) as exc:
+            config.overlay(json.dumps({"model": {"pad_token_id": _NO_TOKEN, "decoder": settings}}))
+            return self._og.Model(config)
+        except (RuntimeError, TypeError, ValueError) as exc:
             raise RuntimeFailure(f"the bundle {self._folder} cannot be loaded: {exc}") from exc
 
-    def _has(self, name: str) -> bool:
-        both = self._reads_apart and (self._folder / _GRAPHS[_QUICK]).is_file()
-        return (both or name != PROMPT_FILE) and (self._folder / name).is_file()
-
-    def _stages(self) -> list[dict[str, Any]]:
-        """Settings that let PROMPT_FILE read what comes first and the quickest graph the rest."""
-        decoder = json.loads((self._folder / CONFIG_FILE).read_bytes())["model"]["decoder"]
-        layers = range(int(decoder["num_hidden_layers"]))
-        names = {
-            side: [
-                named
-                for name in decoder[side].values()
-                for named in ([name % i for i in layers] if "%d" in name else [name])
-            ]
-            for side in ("inputs", "outputs")
-        }
-        options = {**decoder.get("session_options", {}), **self._session_options}
-
-        def stage(file: str, *, first: bool) -> dict[str, Any]:
-            when = {"run_on_prompt": first, "run_on_token_gen": not first}
-            own = {**options, **_QUIETLY} if first else options
-            return {**names, **when, "filename": file, "session_options": own}
-
-        return [
-            {"first": stage(PROMPT_FILE, first=True)},
-            {"later": stage(_GRAPHS[_QUICK], first=False)},
-        ]
+    def _reading(self) -> Any:
+        """The model for requests that mostly read."""
+        if self._reader is None and self._reads_apart and self._graph == _QUICK:
+            self._reads_apart = (self._folder / PROMPT_FILE).is_file()
+            self._reader = self._open(PROMPT_FILE) if self._reads_apart else None
+        return self._reader or self._model
 
     def _reach(self, wanted: int) -> None:
         """Have a graph in memory that does what `wanted` does."""
         if self._graph >= wanted:
             return
         self._shelf.leave()
-        self._model = None  # so that one model is in memory at a time, unless answers keep it
+        self._model = self._reader = (
+            None  # so that one model is in memory at a time, unless answers keep it
+        )
         try:
             self._put(*self._load(wanted))
         except RuntimeFailure:
@@ -138,13 +115,13 @@ class GenaiModel:
         with self._lock:
             self._opened()
             before = self._graph
-            self._reach(min(before + 1, WHOLE))
+            self._reach(min(before + 1, _WHOLE))
             return self._graph > before
 
     def close(self) -> None:
         """Free the model; later requests are refused. Closing twice is harmless."""
         with self._lock:
-            self._model = None
+            self._model = self._reader = None
             self._shelf = AdapterShelf(None, {})
 
     @contextmanager
@@ -167,13 +144,13 @@ class GenaiModel:
         limit: int,
         rows: int = 1,
         every_row: bool = False,
-        rewinds: bool = False,
+        mostly_reads: bool = False,
         **search: Any,
     ) -> Any:
         """Return a generator that has read nothing; `limit` counts prompt and answer.
+        `mostly_reads` says that the answer will not be longer than the prompt.
 
         With `every_row` its output "logits" has those of every token just read, not the last only.
-        It can be rewound if `rewinds` is said.
 
         Raises:
             RuntimeFailure: the model is closed, there is no such adapter, or genai refuses the
@@ -182,9 +159,9 @@ class GenaiModel:
         search = {**request.search(), **search, "max_length": limit, "batch_size": rows}
         with self._lock:
             self._opened()
-            if every_row or rewinds:
-                self._reach(WHOLE if every_row else _QUICK)
-            model = self._model
+            if every_row:
+                self._reach(_WHOLE)
+            model = self._reading() if mostly_reads else self._model
             try:
                 params = self._og.GeneratorParams(model)
                 params.set_search_options(**search)
@@ -196,32 +173,28 @@ class GenaiModel:
                 raise RuntimeFailure(f"the model refused the request: {exc}") from exc
         return generator
 
-    @property
-    def at_once(self) -> int:
-        """How many tokens of a prompt are read at once."""
-        return FIRST_TOKENS if self._graph == _FIRST else READ_TOKENS
-
-    def read(self, generator: Any, rows: Sequence[Tokens]) -> None:
-        """Let a generator read its prompts, one in steps, several at once and padded on the right.
-
-        Raises:
-            RuntimeFailure: genai refuses.
-        """
-        width = max(map(len, rows))
-        ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        step = self.at_once if len(rows) == 1 else width
-        try:
-            for at in range(0, width, step):
-                generator.append_tokens(ids[:, at : at + step])
-        except (RuntimeError, TypeError) as exc:
-            raise RuntimeFailure(f"the model refused the request: {exc}") from exc
-
     def _opened(self) -> Any:
         if self._model is None:
             raise RuntimeFailure("the session is closed; open it again")
         return self._model
+
+
+def read(generator: Any, rows: Sequence[Tokens]) -> None:
+    """Let a generator read its prompts, one in steps, several at once and padded on the right.
+
+    Raises:
+        RuntimeFailure: genai refuses.
+    """
+    width = max(map(len, rows))
+    ids = np.full((len(rows), width), _NO_TOKEN, np.int32)  # (B, T)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    step = READ_TOKENS if len(rows) == 1 else width
+    try:
+        for at in range(0, width, step):
+            generator.append_tokens(ids[:, at : at + step])
+    except (RuntimeError, TypeError) as exc:
+        raise RuntimeFailure(f"the model refused the request: {exc}") from exc
 
 
 def logits(generator: Any) -> F32:

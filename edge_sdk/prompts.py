@@ -121,9 +121,6 @@ READ_TOKENS = 128
 """Prompt tokens read at once, between looks at time and cancelling. The logits of all of them are
 held in memory (100 MB for 512 tokens of a 49,152-token vocabulary), and 128 are no slower to read:
 504 tokens on a 135 M model took 0.92 s at once, 0.78 s like this (two threads)."""
-FIRST_TOKENS = 512
-"""The same with a graph for prompts, which reads what comes first: small models, quick to read, and
-only the last token's logits."""
 
 
 def batches(rows: Sequence[Sized], *, tokens: int) -> Iterator[list[int]]:

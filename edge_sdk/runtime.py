@@ -22,7 +22,7 @@ from edge_sdk.answer import Answer, Strand, stopped_by
 from edge_sdk.bundle_files import BundleFiles
 from edge_sdk.conversation import Conversation
 from edge_sdk.errors import ConfigError, RuntimeFailure
-from edge_sdk.genai_model import GenaiModel, logits
+from edge_sdk.genai_model import GenaiModel, logits, read
 from edge_sdk.generation import Options, Request
 from edge_sdk.json_answers import check_whole
 from edge_sdk.labels import F32, accuracy
@@ -143,7 +143,8 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         request = self.request(options)
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + request.max_tokens)
-        generator = self._model.generator(request, limit=limit)
+        mostly_reads = len(ids) > request.max_tokens
+        generator = self._model.generator(request, limit=limit, mostly_reads=mostly_reads)
         return self.answer(generator, request, unread=ids, prompt_tokens=len(ids))
 
     def generate_many(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[str]:
@@ -166,8 +167,10 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
                 continue
             width = max(len(rows[i]) for i in batch)
             room = min(request.max_tokens, self.context - width)
-            generator = self._model.generator(request, limit=width + room, rows=len(batch))
-            self._model.read(generator, [rows[i] for i in batch])
+            generator = self._model.generator(
+                request, limit=width + room, rows=len(batch), mostly_reads=width > room
+            )
+            read(generator, [rows[i] for i in batch])
             write_many(generator, together, request, limit=room, started=started)
         for strand in strands if request.schema else ():
             check_whole(strand.finish, len(strand.tokens))
@@ -182,7 +185,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         ids = self._prompt_ids(prompt)
         limit = min(self.context, len(ids) + SPEED_TOKENS)
         generator = self._model.generator(self.request({}), limit=limit, min_length=limit)
-        self._model.read(generator, [ids])
+        read(generator, [ids])
         generator.generate_next_token()  # reading a prompt has another speed
         started, count = time.perf_counter(), 0
         while not generator.is_done():
@@ -231,8 +234,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         return replace(request, adapter=name, stop=request.stop + stops)
 
     def generator(self, request: Request, *, limit: int, every_row: bool = False) -> Any:
-        """Return a genai generator that has read nothing and can be rewound; `limit` counts prompt
-        and answer.
+        """Return a genai generator that has read nothing; `limit` counts prompt and answer.
 
         With `every_row` its output "logits" has those of every token just read; without, the
         quickest graph that does may give the last one's only.
@@ -240,7 +242,7 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         Raises:
             RuntimeFailure: the session is closed, or genai refuses the options or the schema.
         """
-        return self._model.generator(request, limit=limit, every_row=every_row, rewinds=True)
+        return self._model.generator(request, limit=limit, every_row=every_row)
 
     def next_graph(self) -> bool:
         """Open the next graph that an adapter or another request might need; False for none left.
@@ -274,7 +276,6 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
             strand,
             request,
             unread=unread,
-            step=self._model.at_once,
             prompt_tokens=prompt_tokens,
             limit=limit,
             ended=finished,
@@ -284,6 +285,8 @@ class SlmSession(WordLabels, AdapterUse, SessionTexts):
         """Logits after each row, (B, vocab) float32."""
         width = max(map(len, rows))
         self._check_room(width)
-        generator = self._model.generator(self.request({}), limit=width + 1, rows=len(rows))
-        self._model.read(generator, rows)
+        generator = self._model.generator(
+            self.request({}), limit=width + 1, rows=len(rows), mostly_reads=True
+        )
+        read(generator, rows)
         return logits(generator)
