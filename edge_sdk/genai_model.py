@@ -33,6 +33,9 @@ _NO_TOKEN = -1
 _QUICK, _ADAPTED, _WHOLE = range(3)
 _GRAPHS = ("answer.onnx", "answer_adapted.onnx", "model.onnx")
 """The last row's logits; the same with slots for adapters; all rows' logits with slots."""
+_QUIETLY = {"session.force_spinning_stop": "1"}
+"""So that its threads do not wait busily, for tens of ms, while those of the other graph write: on
+two cores that took a third of the speed."""
 _MACHINES = ("x86_64", "amd64")
 """Where 8-bit weights read a prompt more quickly. Not ARM, where 4 bits have kernels of their own;
 that was not measured."""
@@ -69,9 +72,10 @@ class GenaiModel:
         model = self._open(names[0] if names else "")
         return _GRAPHS.index(names[0]) if names else _WHOLE, model, self._og.Adapters(model)
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str, options: Mapping[str, object] | None = None) -> Any:
         """The model of the graph `file`; of the one that genai_config.json names, if empty."""
-        settings: dict[str, Any] = {"session_options": self._session_options}
+        options = {**self._session_options, **(options or {})}
+        settings: dict[str, Any] = {"session_options": options}
         if file:
             settings["filename"] = file
         try:
@@ -85,7 +89,7 @@ class GenaiModel:
         """The model for requests that mostly read."""
         if self._reader is None and self._reads_apart and self._graph == _QUICK:
             self._reads_apart = (self._folder / PROMPT_FILE).is_file()
-            self._reader = self._open(PROMPT_FILE) if self._reads_apart else None
+            self._reader = self._open(PROMPT_FILE, _QUIETLY) if self._reads_apart else None
         return self._reader or self._model
 
     def _reach(self, wanted: int) -> None:
@@ -93,9 +97,7 @@ class GenaiModel:
         if self._graph >= wanted:
             return
         self._shelf.leave()
-        self._model = self._reader = (
-            None  # so that one model is in memory at a time, unless answers keep it
-        )
+        self._model = self._reader = None  # one at a time in memory, unless answers keep theirs
         try:
             self._put(*self._load(wanted))
         except RuntimeFailure:

@@ -179,6 +179,6 @@ def test_a_damaged_file_is_named_and_the_session_goes_on(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
     with SlmSession(copy, check=False) as session:
-        with pytest.raises(RuntimeFailure, match="prompt.onnx"):
+        with pytest.raises(RuntimeFailure, match=r"prompt\.onnx"):
             session.next_logits([5, 6, 7])
         assert session.generate("hello", max_tokens=20)
