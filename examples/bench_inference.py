@@ -211,8 +211,9 @@ def measure(model: str, pythons: dict[str, Path], options: argparse.Namespace) -
             except SubjectError as exc:
                 print(f"{runtime} on {model} failed: {exc}")
                 running = [pair for pair in running if pair[0].runtime != runtime]
-        for _ in range(options.rounds):
-            for row, worker in running:
+        for turn in range(options.rounds):
+            first = turn % max(1, len(running))  # nobody always comes after the same one
+            for row, worker in (*running[first:], *running[:first]):
                 time.sleep(PAUSE_S)
                 found = worker.ask(request)
                 row.tokens_per_s.append(found["tokens_per_s"])
