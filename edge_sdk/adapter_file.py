@@ -1,6 +1,6 @@
 """Writes a trained LoRA adapter as the `.onnx_adapter` file that a bundle's LoRA inputs take.
 
-Knows PEFT's factors, the slots a release claims and onnxruntime's adapter file. Does not know
+Knows PEFT's factors, what a release claims and onnxruntime's adapter file. Does not know
 training, graphs or signatures. Exporters write with it too, so that a device that gets a release as
 a difference (`made_release.py`) writes the file that was signed: onnxruntime lays parameters out in
 the order given, which is that of their names, and nothing else of the process shows in the bytes.
@@ -20,19 +20,69 @@ has one adapter for life. A generator without set_active_adapter runs the base t
 a new one costs no reload. `adapters.unload("name")` refuses while a generator still uses it.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.errors import ExportError
+from edge_sdk.wire.manifest import (
+    ADAPTER_FILE,
+    MANIFEST_FILE,
+    FileEntry,
+    ReleaseManifest,
+    encode_manifest,
+)
 
 F32 = npt.NDArray[np.float32]
 
 FORMAT_VERSION = 1
 """Written as the adapter's version; this module's layout of A and B."""
+
+
+def write_release(
+    out: Path,
+    base: ReleaseManifest,
+    factors: Mapping[str, npt.ArrayLike],
+    *,
+    release: str,
+    rank: int,
+    alpha: float,
+    lineage: Mapping[str, str] | None = None,
+) -> ReleaseManifest:
+    """Write into the folder `out` the two files of an adapter release over `base`, an adapter of
+    `factors` and a manifest, and return the latter.
+
+    Raises:
+        ExportError: as `write_adapter`.
+        OSError: the disk refuses.
+    """
+    path = out / ADAPTER_FILE
+    write_adapter(
+        factors,
+        rank=rank,
+        alpha=alpha,
+        slots=base.adapter_slots,
+        path=path,
+        rank_max=base.rank_max,
+    )
+    data = path.read_bytes()
+    files = {ADAPTER_FILE: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))}
+    manifest = msgspec.structs.replace(
+        base,
+        release=release,
+        kind="adapter",
+        base_release=base.release,
+        files=files,
+        parity={},
+        lineage={**(lineage or {}), "rank": str(rank), "alpha": str(float(alpha))},
+    )
+    (out / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+    return manifest
 
 
 def write_adapter(

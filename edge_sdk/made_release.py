@@ -6,23 +6,14 @@ out is what was signed: the model store compares hashes, and what differs is fet
 Needs the range coder and onnxruntime, not torch.
 """
 
-import hashlib
 from pathlib import Path
 
 from compression.errors import CodecError
-from edge_sdk.adapter_file import write_adapter
+from edge_sdk.adapter_file import write_release
 from edge_sdk.errors import ExportError, RemoteProtocolError, RuntimeFailure
 from edge_sdk.train.held import HeldAdapters
 from edge_sdk.train.lora import A_SUFFIX, B_SUFFIX, Factors, Layout, start_factors
-from edge_sdk.wire.manifest import (
-    ADAPTER_FILE,
-    MANIFEST_FILE,
-    FileEntry,
-    ReleaseManifest,
-    adapter_manifest,
-    decode_manifest,
-    encode_manifest,
-)
+from edge_sdk.wire.manifest import MANIFEST_FILE, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import AdapterSource
 
 
@@ -38,21 +29,8 @@ def make_release(
     """
     try:
         base = decode_manifest((bundle / MANIFEST_FILE).read_bytes())
-        write_adapter(
-            _factors(source, base, held),
-            rank=source.rank,
-            alpha=source.alpha,
-            slots=base.adapter_slots,
-            path=out / ADAPTER_FILE,
-            rank_max=base.rank_max,
-        )
-        adapter = (out / ADAPTER_FILE).read_bytes()
-        entry = FileEntry(sha256=hashlib.sha256(adapter).hexdigest(), bytes=len(adapter))
-        files = {ADAPTER_FILE: entry}
-        manifest = adapter_manifest(
-            base, release=release, files=files, rank=source.rank, alpha=source.alpha
-        )
-        (out / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
+        factors = _factors(source, base, held)
+        write_release(out, base, factors, release=release, rank=source.rank, alpha=source.alpha)
     except (CodecError, ExportError, RemoteProtocolError, OSError) as exc:
         raise RuntimeFailure(f"the adapter cannot be made here: {exc}") from exc
 

@@ -14,17 +14,9 @@ from pathlib import Path
 import msgspec
 import numpy.typing as npt
 
-from edge_sdk.adapter_file import write_adapter
+from edge_sdk.adapter_file import write_release
 from edge_sdk.errors import ExportError, RemoteProtocolError
-from edge_sdk.wire.manifest import (
-    ADAPTER_FILE,
-    MANIFEST_FILE,
-    FileEntry,
-    ReleaseManifest,
-    adapter_manifest,
-    decode_manifest,
-    encode_manifest,
-)
+from edge_sdk.wire.manifest import MANIFEST_FILE, FileEntry, ReleaseManifest, decode_manifest
 from edge_sdk.wire.messages import Name
 
 
@@ -121,16 +113,6 @@ def write_adapter_release(
         out.mkdir(parents=True)
     except FileExistsError as exc:
         raise ExportError(f"{out} exists; choose another folder or remove it") from exc
-    write_adapter(
-        factors,
-        rank=rank,
-        alpha=alpha,
-        slots=base.adapter_slots,
-        path=out / ADAPTER_FILE,
-        rank_max=base.rank_max,
+    return write_release(
+        out, base, factors, release=release, rank=rank, alpha=alpha, lineage=lineage
     )
-    manifest = adapter_manifest(
-        base, release=release, files=file_entries(out), rank=rank, alpha=alpha, lineage=lineage
-    )
-    (out / MANIFEST_FILE).write_bytes(encode_manifest(manifest))
-    return manifest

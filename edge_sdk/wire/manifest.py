@@ -5,7 +5,6 @@ that by hash, edge_sdk/models.py), nor files, ONNX or torch.
 """
 
 import hashlib
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -69,27 +68,6 @@ class Golden(Struct, frozen=True, forbid_unknown_fields=True):
     """What a bundle answered where it was exported; a device must come close before it runs it."""
 
     rows: Annotated[tuple[GoldenRow, ...], Meta(min_length=1, max_length=64)]
-
-
-def adapter_manifest(
-    base: ReleaseManifest,
-    *,
-    release: str,
-    files: dict[str, FileEntry],
-    rank: int,
-    alpha: float,
-    lineage: Mapping[str, str] | None = None,
-) -> ReleaseManifest:
-    """Return what the adapter-only release `release` over the whole release `base` claims."""
-    return msgspec.structs.replace(
-        base,
-        release=release,
-        kind="adapter",
-        base_release=base.release,
-        files=files,
-        parity={},
-        lineage={**(lineage or {}), "rank": str(rank), "alpha": str(float(alpha))},
-    )
 
 
 _decoder = msgspec.json.Decoder(ReleaseManifest)
