@@ -126,6 +126,7 @@ class Chain:
 
     Attributes:
         tensors: the adapter adopted last; what devices hold once it is opened and has arrived.
+        digest: of `tensors`.
     """
 
     def __init__(self, first: Tensors, *, ratio: float = RATIO) -> None:
@@ -138,17 +139,13 @@ class Chain:
             raise CodecError(f"ratio {ratio} is not in 2..1000000; whole float16 adapters are at 2")
         self._ratio = float(ratio)
         self._base = self.tensors = rounded(first)
+        self._base_digest = self.digest = digest_of(self._base)
         if not all(np.array_equal(first[name], value) for name, value in self._base.items()):
             raise CodecError("the first adapter is not exact in float16; round it")
         self._owed = {name: np.zeros_like(value) for name, value in self.tensors.items()}
         self._codes = b""
         self._links: list[Link] = []
         self._codec = Compressor.deadzone(Layout.of(self._base))
-
-    @property
-    def digest(self) -> bytes:
-        """Of `tensors`."""
-        return digest_of(self.tensors)
 
     @property
     def whole_bytes(self) -> int:
@@ -171,13 +168,13 @@ class Chain:
             raise CodecError("the adapter's tensors differ from the first's")
         wanted = {k: target[k] - self._base[k] + self._owed[k] for k in self._base}
         if not any(value.any() for value in wanted.values()):
-            self.tensors, self._codes = self._base, b""
+            self.tensors, self.digest, self._codes = self._base, self._base_digest, b""
             return self.tensors
         allowance = max(LEAST_BYTES, int(self._codec.raw_bytes / self._ratio))
         codes = self._codec.encode(wanted, bytes_target=allowance).data
         made = applied(self._base, codes)
         self._owed = {k: wanted[k] - (made[k] - self._base[k]) for k in wanted}
-        self.tensors, self._codes = made, codes
+        self.tensors, self.digest, self._codes = made, digest_of(made), codes
         return made
 
     def open(self) -> bytes:
@@ -185,8 +182,8 @@ class Chain:
         if not self._codes:
             return b""
         codes = self._codes
-        self._links.append(Link(digest_of(self._base), codes))
-        self._base, self._codes = self.tensors, b""
+        self._links.append(Link(self._base_digest, codes))
+        self._base, self._base_digest, self._codes = self.tensors, self.digest, b""
         while sum(link.size for link in self._links) >= self.whole_bytes:
             del self._links[0]
         return codes
@@ -196,7 +193,7 @@ class Chain:
 
         What is adopted and not opened is no part of it (`ahead`).
         """
-        if digest == digest_of(self._base):
+        if digest == self._base_digest:
             return ()
         for start, link in enumerate(self._links):
             if link.base == digest:
@@ -214,7 +211,7 @@ class Chain:
         links = self.since(digest)
         if links is None or not self._codes:
             return links
-        links += (Link(digest_of(self._base), self._codes),)
+        links += (Link(self._base_digest, self._codes),)
         return links if sum(link.size for link in links) < self._codec.raw_bytes else None
 
     def to_bytes(self) -> bytes:
@@ -247,7 +244,7 @@ class Chain:
             codes = [tensors[f"codes.{number}"].tobytes() for number in range(len(bases) + 1)]
         except (KeyError, TypeError, ValueError) as exc:
             raise CodecError(f"not a chain of adapters: {exc}") from exc
-        chain._codes = codes[0]
+        chain.digest, chain._codes = digest_of(chain.tensors), codes[0]
         chain._links = [Link(*pair) for pair in zip(bases, codes[1:], strict=True)]
         return chain
 
