@@ -61,7 +61,8 @@ class GenaiModel:
         self._og = import_genai()
         self._lock = threading.Lock()
         self._folder, self._session_options = folder, session_options
-        self._reads_apart = reads_apart and platform.machine().lower() in _MACHINES
+        here = platform.machine().lower() in _MACHINES and (folder / PROMPT_FILE).is_file()
+        self._reads_apart = reads_apart and here
         self._reader: Any = None
         self._graph, self._model, adapters = self._load(_QUICK)
         self._shelf = AdapterShelf(adapters, slots)
@@ -72,9 +73,9 @@ class GenaiModel:
         model = self._open(names[0] if names else "")
         return _GRAPHS.index(names[0]) if names else _WHOLE, model, self._og.Adapters(model)
 
-    def _open(self, file: str, options: Mapping[str, object] | None = None) -> Any:
+    def _open(self, file: str, *, quietly: bool = False) -> Any:
         """The model of the graph `file`; of the one that genai_config.json names, if empty."""
-        options = {**self._session_options, **(options or {})}
+        options = {**self._session_options, **(_QUIETLY if quietly else {})}
         settings: dict[str, Any] = {"session_options": options}
         if file:
             settings["filename"] = file
@@ -88,8 +89,7 @@ class GenaiModel:
     def _reading(self) -> Any:
         """The model for requests that mostly read."""
         if self._reader is None and self._reads_apart and self._graph == _QUICK:
-            self._reads_apart = (self._folder / PROMPT_FILE).is_file()
-            self._reader = self._open(PROMPT_FILE, _QUIETLY) if self._reads_apart else None
+            self._reader = self._open(PROMPT_FILE, quietly=True)
         return self._reader or self._model
 
     def _reach(self, wanted: int) -> None:

@@ -1,9 +1,8 @@
 """The graph of a speculative bundle that verifies: every row's logits, no slots for adapters.
 
-Knows its file's name and how genai is told of it. Does not know who guesses.
+Knows its file's name. Does not know who guesses.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,8 @@ class VerifyModel(GenaiModel):
         super().__init__(folder, {}, session_options=session_options)
 
     def _load(self, wanted: int) -> tuple[int, Any, Any]:
-        decoder = {"session_options": self._session_options, "filename": VERIFY_FILE}
         try:
-            config = self._og.Config(str(self._folder))
-            config.overlay(json.dumps({"model": {"pad_token_id": -1, "decoder": decoder}}))
-            model = self._og.Model(config)
-            return max(wanted, 2), model, self._og.Adapters(model)  # 2: every row, as it is
-        except (RuntimeError, TypeError, ValueError) as exc:
-            raise RuntimeFailure(
-                f"{self._folder / VERIFY_FILE} cannot be loaded: {exc}; export the bundle again"
-            ) from exc
+            model = self._open(VERIFY_FILE)
+        except RuntimeFailure as exc:
+            raise RuntimeFailure(f"{VERIFY_FILE}: {exc}; export the bundle again") from exc
+        return max(wanted, 2), model, self._og.Adapters(model)  # 2: every row, as it is
