@@ -133,17 +133,17 @@ def check_answers(bundle_dir: Path, session: Any, batches: Sequence[npt.NDArray[
     Raises:
         ExportError: one is missing, or its logits differ by more than rounding.
     """
+    feeds = [empty_cache_feed(bundle_dir, session, ids) for ids in batches]
+    whole = np.concatenate([session.run(["logits"], feed)[0][:, -1] for feed in feeds])
     prompt = [PROMPT_FILE] if (bundle_dir / PROMPT_FILE).is_file() else []
     for name in (ANSWER_FILE, ADAPTED_FILE, *prompt):
         try:
             quick = open_session(bundle_dir, file=name)
         except Exception as exc:  # onnxruntime raises its own, unexported classes
             raise ExportError(f"{bundle_dir / name} cannot be loaded: {exc}") from exc
-        feeds = [empty_cache_feed(bundle_dir, quick, ids) for ids in batches]
-        whole = [session.run(["logits"], feed)[0] for feed in feeds]
         last = [quick.run(["logits"], feed)[0] for feed in feeds]
-        error = relative(*(_centred(np.concatenate([z[:, -1] for z in k])) for k in (last, whole)))
-        if last[0].shape[1] != 1 or not error <= ROUNDING:
+        error = relative(_centred(np.concatenate([z[:, -1] for z in last])), _centred(whole))
+        if any(z.shape[1] != 1 for z in last) or not error <= ROUNDING:
             raise ExportError(
                 f"{name} gives other logits than model.onnx: relative error {error:.2e} over "
                 f"{len(last)} texts, limit {ROUNDING:g}; export again, and report it if it stays"
