@@ -110,11 +110,8 @@ _EXPORT = (
 def _version(runtime: str) -> str:
     """A new converter makes new files."""
     if runtime in ("symbiont", "speculative"):
-        parts = (
-            "slm.py", "last_row.py", "lora_inputs.py", "weights_index.py",
-            "rounding.py", "calibration.py",
-        )  # fmt: skip
-        text = b"".join((_HERE.parents[1] / "exporters" / part).read_bytes() for part in parts)
+        parts = sorted((_HERE.parents[1] / "exporters").glob("*.py"))
+        text = b"".join(part.read_bytes() for part in parts)
         return hashlib.sha256(text).hexdigest()[:12]
     return "1"
 
